@@ -106,12 +106,14 @@ def enable_compilation_cache(folder: str | _Path | None = None) -> None:
     """Keep compiled code in a folder, from which later processes load it.
 
     It sets ``jax_compilation_cache_dir``. A first relaxation with its sensitivity then takes a
-    second instead of several. The folder grows with each new shape of a system, up to 2 GB: then
-    the oldest files are deleted. It can be deleted at any time, and several processes may use it at
-    once. The command line keeps such a folder by itself. For processes that this one starts, set
-    ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU jax 0.10 warns of each part that it
-    loads, because it mistakes its own tuning flags for features that the processor lacks; mdsens
-    silences these warnings when it is imported.
+    second instead of several. Programs that depend on no function of the user's own are kept with
+    all that they were traced from, so that a later process does not even trace them; their files
+    are read by pickle, so take a folder that only you can write to. The folder grows with each new
+    shape of a system, up to 2 GB: then the oldest files are deleted. It can be deleted at any time,
+    and several processes may use it at once. The command line keeps such a folder by itself. For
+    processes that this one starts, set ``JAX_COMPILATION_CACHE_DIR`` in the environment. On a CPU
+    jax 0.10 warns of each part that it loads, because it mistakes its own tuning flags for features
+    that the processor lacks; mdsens silences these warnings when it is imported.
 
     Args:
       folder: the folder; where None, ``mdsens`` in ``XDG_CACHE_HOME`` or else in ``~/.cache``.

@@ -10,14 +10,16 @@ printed as the user has chosen.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-__all__ = ["silence"]
+__all__ = ["silence", "silenced"]
 
 # Event of jax before it searches the cache.
 REQUESTED = "/jax/compilation_cache/compile_requests_use_cache"
@@ -62,10 +64,26 @@ def _on_duration(event: str, duration_secs: float, **_: object) -> None:
                 _set_level(_user_level())
 
 
+def _has_levels() -> bool:
+    """Return whether this release of jaxlib can change the level of XLA's messages."""
+    return hasattr(importlib.import_module("jaxlib.utils"), "absl_set_min_log_level")
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Silence the same warnings while this thread loads code without jax's cache."""
+    if not _has_levels():
+        yield
+        return
+    _on_event(REQUESTED)
+    try:
+        yield
+    finally:
+        _on_duration(COMPILED, 0.0)
+
+
 def silence() -> None:
     """Silence XLA's warnings about cached code in this process, whatever cache folder jax uses."""
-    utils: Any = importlib.import_module("jaxlib.utils")
-    # Not every release of jaxlib has this function.
-    if hasattr(utils, "absl_set_min_log_level"):
+    if _has_levels():
         jax.monitoring.register_event_listener(_on_event)
         jax.monitoring.register_event_duration_secs_listener(_on_duration)

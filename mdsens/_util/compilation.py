@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,21 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from mdsens._util.kept_programs import Keeper, Unkept, keep_in, keeps
+
 __all__ = ["SMALL", "as_jax", "at_top", "cache_folder", "compiled", "keep_compiled"]
 
 # Floating-point numbers in the arguments of a call up to which its code is compiled quickly. A
 # packing of 128 discs has 700, a glass of 500 atoms 3,000. For 1,024 discs, with 5,000, such code
 # made a derivative a third slower, and there are more derivatives than compilations.
 SMALL = 4000
-# The same for loops, without the options that slow them down: those left cost 1,000 spheres
-# half as much again for each step.
-SMALL_LOOP = 2000
+# The same for code with the plain options, compiled in half the time of thorough code. A derivative
+# of a glass of 500 atoms (7,500 numbers) takes as long with both. With plain code up to 30,000
+# numbers, a certificate of 1,024 discs took a quarter longer.
+MEDIUM = 8000
+# The same for loops, which are never compiled quickly: plain code cost 1,000 spheres half as much
+# again for each step.
+MEDIUM_LOOP = 2000
 # Options of XLA for code that is compiled in less time and runs as fast for small arrays: without
 # the fusion emitters and with one module a program. Releases of jax from 0.11 on have no such
 # switches, and refuse options that they do not know.
@@ -70,31 +77,42 @@ def compiled(
     static_argnames: str | tuple[str, ...] = (),
     loops: bool = False,
 ) -> Callable[..., Any]:
-    """Compile a function as ``jax.jit`` does, quickly where the arguments are small.
+    """Compile a function as ``jax.jit`` does, with less effort where the arguments are small.
 
     Args:
       function: the function; None to get a decorator with these options.
       static_argnames: names of the arguments that are no arrays, as in ``jax.jit``.
       loops: whether the function repeats its work many times, such as a minimizer. Its code is
-        optimized whatever the size.
+        never compiled quickly.
     """
     if function is None:
         return functools.partial(compiled, static_argnames=static_argnames, loops=loops)
     thorough: Any = jax.jit(function, static_argnames=static_argnames)
-    options = _PLAIN if loops else _QUICK
-    limit = SMALL_LOOP if loops else SMALL
-    quick: Any = jax.jit(
-        function, static_argnames=static_argnames, compiler_options=options or None
+    plain: Any = jax.jit(function, static_argnames=static_argnames, compiler_options=_PLAIN or None)
+    quick: Any = jax.jit(function, static_argnames=static_argnames, compiler_options=_QUICK)
+    # each version with its options, and the largest number of numbers in its arguments
+    small = -1 if loops else SMALL
+    medium = MEDIUM_LOOP if loops else MEDIUM
+    versions = ((small, quick, _QUICK), (medium, plain, _PLAIN), (math.inf, thorough, {}))
+    names = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+    keepers = tuple(
+        (limit, version, Keeper(function, version, names, options))
+        for limit, version, options in versions
     )
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        if at_top() and jax.default_backend() == "cpu" and _numbers((arguments, named)) <= limit:
-            return quick(*arguments, **named)
-        return thorough(*arguments, **named)
+        if not (at_top() and jax.default_backend() == "cpu"):
+            return thorough(*arguments, **named)
+        count = _numbers((arguments, named))
+        _, version, keeper = next(entry for entry in keepers if count <= entry[0])
+        if keeps():
+            with contextlib.suppress(Unkept):
+                return keeper(arguments, named)
+        return version(*arguments, **named)
 
     # for tests that count programs, or forget them
-    call.versions = (quick, thorough)  # type: ignore[attr-defined]
+    call.versions = (quick, plain, thorough)  # type: ignore[attr-defined]
     return call
 
 
@@ -144,6 +162,7 @@ def keep_compiled(folder: Path) -> None:
 
     # after a first compilation without a cache, jax would not look for one again
     compilation_cache.reset_cache()
+    keep_in(folder)
 
 
 def _delete_oldest(folder: Path, limit: int) -> None:

@@ -143,9 +143,13 @@ def inverse(box: np.ndarray | jax.Array) -> Any:
     if box.shape[0] == 2:
         (a, b), (c, d) = box
         return xp.stack([xp.stack([d, -b]), xp.stack([-c, a])]) / (a * d - b * c)
-    # Cross products of the lattice vectors, over the volume of the cell.
-    faces = xp.stack([xp.linalg.cross(box[:, (k + 1) % 3], box[:, (k + 2) % 3]) for k in range(3)])
-    return faces / xp.sum(faces[0] * box[:, 0])
+    # Cofactors, over the volume of the cell: rows and columns k + 1 and k + 2 of each entry, in a
+    # circle, are slices of the matrix beside itself. Cross products one by one are six times as
+    # many operations, which jax traces anew in each program.
+    rows = xp.concatenate([box, box])
+    around = xp.concatenate([rows, rows], axis=1)
+    cofactors = around[1:4, 1:4] * around[2:5, 2:5] - around[2:5, 1:4] * around[1:4, 2:5]
+    return cofactors.T / xp.sum(cofactors[:, 0] * box[:, 0])
 
 
 def heights(box: np.ndarray | jax.Array) -> Any:

@@ -33,7 +33,14 @@ from mdsens._util.tables import Shown
 from mdsens._util.validation import real_array, require_host, short
 from mdsens.constraints import Constraint, check_constraints
 from mdsens.model import neighbors
-from mdsens.model.box import BoxFunction, BoxRule, box_rule, described, periodic_axes
+from mdsens.model.box import (
+    BoxFunction,
+    BoxRule,
+    PackingFraction,
+    box_rule,
+    described,
+    periodic_axes,
+)
 from mdsens.model.neighbors import Neighbors
 from mdsens.model.surroundings import over_atoms, vectors_to_neighbors
 from mdsens.potentials.base import Pairs, PairTerm, Potential, check_params
@@ -252,7 +259,8 @@ class System(Portable, Shown):
         # not every potential has a check of a configuration: SmoothedPotential has none
         check_at = getattr(potential, "check_at", None)
         if check_at is not None:
-            check_at(system.positions, system.box, values, kinds, count)
+            # the cell as a function: few potentials need it, and jax compiles a program for it
+            check_at(system.positions, lambda: system.box, values, kinds, count)
         system = system.reallocate()
         _check_coincident(system)  # on the list, so that it costs no loop over all pairs
         _check_reach(system)
@@ -755,7 +763,9 @@ def diameters_at(system: System, params: Params) -> jax.Array | None:
     if sigma is None or not is_leaf(sigma):  # a tree of this name holds no diameters
         return None
     if sigma.ndim == 2:
-        sigma = jnp.diagonal(sigma)
+        # jnp.diagonal traces sixty operations
+        kinds = np.arange(sigma.shape[0])
+        sigma = sigma[kinds, kinds]
     if sigma.ndim == 0:
         return jnp.broadcast_to(sigma, (system.n,))
     # first per species, as in `of_pairs`: it matters where there are as many species as particles
@@ -777,7 +787,10 @@ def _periodic_volume(system: System) -> jax.Array:
 @compiled
 def box_at(system: System, params: Params) -> jax.Array | None:
     """Compute the cell matrix (d, d) at the parameters ``params``; None for open boundaries."""
-    return system.boundary.matrix(params, diameters_at(system, params), system.dimension)
+    # no other rule for the cell takes the diameters
+    follows = isinstance(system.boundary, PackingFraction)
+    diameters = diameters_at(system, params) if follows else None
+    return system.boundary.matrix(params, diameters, system.dimension)
 
 
 def pair_terms(system: System, params: Params | None = None) -> tuple[PairTerm, ...]:

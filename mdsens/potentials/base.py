@@ -314,14 +314,15 @@ class NamedPotential(_Addable):
     def check_at(
         self,
         positions: jax.Array,
-        box: jax.Array | None,
+        box: Callable[[], jax.Array | None],
         params: Params,
         species: jax.Array | None,
         species_count: int,
     ) -> None:
         """Raise InputError if the energy of the potential is not defined at a configuration.
 
-        This method cannot run in compiled code.
+        The function ``box`` returns the cell (d, d), or None for open boundaries. This method
+        cannot run in compiled code.
         """
 
     def specialize(self, params: Params, differentiated: Sequence[str] = ()) -> Self:
@@ -511,7 +512,7 @@ class PairPotential(Portable, NamedPotential):
     def check_at(
         self,
         positions: jax.Array,
-        box: jax.Array | None,
+        box: Callable[[], jax.Array | None],
         params: Params,
         species: jax.Array | None,
         species_count: int,
@@ -521,7 +522,7 @@ class PairPotential(Portable, NamedPotential):
         values = {name: params[name] for name in self.names}
         few = Few.of(positions, values, species, species_count)
         if few is not None:
-            check_trial(self.name, self.names, _trial(self, box, few, species_count))
+            check_trial(self.name, self.names, _trial(self, box(), few, species_count))
 
 
 # species_count is static, since of_pairs compares it with the shapes of the parameters.
@@ -649,15 +650,17 @@ class EnergyPotential(Portable, NamedPotential):
     def check_at(
         self,
         positions: jax.Array,
-        box: jax.Array | None,
+        box: Callable[[], jax.Array | None],
         params: Params,
         species: jax.Array | None,
         species_count: int,
     ) -> None:
+        cell = box()
+
         def energy(positions: jax.Array, params: Params) -> jax.Array:
             # The energies of jax-md pass keyword arguments of their own on to this function.
             def displacement(a: jax.Array, b: jax.Array, **_: Any) -> jax.Array:
-                return nearest_image(a - b, box)
+                return nearest_image(a - b, cell)
 
             return jnp.asarray(
                 self.many_body(positions, params, displacement, species, species_count)
@@ -803,7 +806,7 @@ class SumPotential(_Addable):
     def check_at(
         self,
         positions: jax.Array,
-        box: jax.Array | None,
+        box: Callable[[], jax.Array | None],
         params: Params,
         species: jax.Array | None,
         species_count: int,

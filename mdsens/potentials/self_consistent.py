@@ -31,6 +31,7 @@ pairs interact, and boundaries must be open: a periodic cell would need Ewald su
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -306,7 +307,7 @@ class SelfConsistentPotential(NamedPotential):
     def check_at(
         self,
         positions: jax.Array,
-        box: jax.Array | None,
+        box: Callable[[], jax.Array | None],
         params: Params,
         species: Species,
         species_count: int,
@@ -318,7 +319,7 @@ class SelfConsistentPotential(NamedPotential):
             over the dipoles or charges.
           TooLargeError: a product with the Hessian would not fit in memory.
         """
-        if box is not None:
+        if box() is not None:
             raise InputError(
                 f"{self.name} in a periodic cell would need Ewald sums, which are not implemented:"
                 " give box=None (a cluster in open space)."

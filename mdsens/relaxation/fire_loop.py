@@ -7,7 +7,7 @@ The minimizer is one of jax-md, or one with the same interface; see
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,16 @@ from mdsens.model.neighbors import Neighbors, narrowed, slack, within
 from mdsens.model.system import System, images_of, listed, pair_lengths
 from mdsens.relaxation.methods import Minimizer
 
-__all__ = ["advance", "at_rest", "forces_at", "limited_minimizer", "status_of"]
+__all__ = [
+    "Pace",
+    "advance",
+    "at_rest",
+    "forces_at",
+    "limited_minimizer",
+    "on_next_list",
+    "status_of",
+    "steps_on_list",
+]
 
 # Skin of the neighbor list of a slow system, as a share of the range of the interactions.
 NARROW = 0.1
@@ -122,14 +131,8 @@ def advance(
     """Take up to ``budget`` steps of a minimizer, in one compiled loop.
 
     The loop ends early where the largest force is at most ``tolerance`` or not finite, or where the
-    neighbor list has too little room for all pairs.
-
-    Steps with the same neighbor list are an inner loop, which only reads the list. The inner loop
-    ends where a particle has moved so far that a pair may be missing from the list. It also ends
-    where a list with a wide skin has served for many steps: then the particles move slowly, and a
-    list with a narrow skin, which has fewer pairs to sum over, takes its place. At this moment the
-    largest stiffness is measured, too, and sets the minimizer's steps. The force that is compared
-    with the tolerance always comes from a complete list.
+    neighbor list has too little room for all pairs. Each turn of it is :func:`on_next_list` and
+    :func:`steps_on_list`.
 
     Args:
       system: defines potential, parameters and cell; positions come from ``state``, and the
@@ -144,60 +147,136 @@ def advance(
     Returns:
       (state, neighbor list, number of steps taken).
     """
-    box = system.box
+
+    def turn(carry: tuple[Pace, Neighbors, jax.Array]) -> tuple[Pace, Neighbors, jax.Array]:
+        pace, kept, _ = carry
+        here = system.replace(neighbors=kept)
+        pace, kept, copy = on_next_list(here, pace, method, limits)
+        here = system.replace(neighbors=kept if copy is None else copy)
+        pace, finished, _ = steps_on_list(here, pace, tolerance, budget, method, limits)
+        return pace, kept, finished
+
+    start = (Pace.at_start(state), pairs, jnp.zeros((), bool))
+    pace, pairs, _ = jax.lax.while_loop(lambda carry: ~carry[2], turn, start)
+    return pace.state, pairs, pace.steps
+
+
+class Pace(NamedTuple):
+    """A minimizer between two neighbor lists.
+
+    Attributes:
+      state: state of the minimizer.
+      steps: number of steps taken so far.
+      slow: whether the last list has served for many steps, so that the particles move slowly.
+    """
+
+    state: Any
+    steps: Any
+    slow: Any
+
+    @classmethod
+    def at_start(cls, state: PyTree) -> Pace:
+        """Make the record before the first step, from the state of the minimizer."""
+        return cls(state, np.zeros((), np.int32), np.zeros((), bool))
+
+
+def on_next_list(
+    system: System, pace: Pace, method: Minimizer, limits: Limits
+) -> tuple[Pace, Neighbors, Neighbors | None]:
+    """Update the neighbor list for the next steps of a minimizer, and compute the forces with it.
+
+    Where the particles move slowly, a list with a narrow skin, which has fewer pairs to sum over,
+    takes the place of one with a wide skin. At this moment the largest stiffness is measured, too,
+    and sets the minimizer's steps.
+
+    Args:
+      system: the system with the neighbor list so far, complete or not; the positions come from
+        the state of the minimizer.
+      pace: the minimizer.
+      method: the method of the minimizer.
+      limits: the longest step and the largest force of a particle, and the potential's stiffness.
+
+    Returns:
+      (the minimizer, the list to keep, the narrow copy of it that the next steps use). The copy is
+      None where the steps use the list itself.
+    """
+    state = pace.state
+    kept, copy = _lists_at(system, method.positions(state), pace.slow)
+    here = system.replace(neighbors=kept if copy is None else copy)
+    _, forces = _minimizer_on_list(here, method, limits)
+
+    def with_measured_stiffness(state: PyTree) -> Any:
+        slope = energy_gradient(here, used=here.neighbors.used)
+        stiffness = largest_stiffness(slope, method.positions(state), limits.stiffness)
+        return method.at_stiffness(state, stiffness)
+
+    # The forces in the state come from the list before this one, which may be incomplete.
+    state = method.with_forces(state, forces(method.positions(state)))
+    # Off the CPU the members of a batch run under vmap, where a cond computes both branches:
+    # the stiffness is then measured for every new list.
+    state = jax.lax.cond(pace.slow, with_measured_stiffness, lambda state: state, state)
+    return pace._replace(state=state), kept, copy
+
+
+def steps_on_list(
+    system: System,
+    pace: Pace,
+    tolerance: jax.Array | float,
+    budget: jax.Array | int,
+    method: Minimizer,
+    limits: Limits,
+) -> tuple[Pace, jax.Array, jax.Array]:
+    """Take steps of a minimizer with one neighbor list, in a compiled loop that only reads it.
+
+    The loop ends where a particle has moved so far that a pair may be missing from the list. It
+    also ends where a list with a wide skin has served for many steps. The force that is compared
+    with the tolerance always comes from a complete list.
+
+    Args:
+      system: the system with the neighbor list, which is complete at the positions of the state, or
+        has overflowed.
+      pace: the minimizer, with forces from this list.
+      tolerance, budget, method, limits: as in :func:`advance`.
+
+    Returns:
+      (the minimizer, whether it has finished, the largest force on a particle).
+    """
+    pairs = system.neighbors
     needed = system.range
+    apply, _ = _minimizer_on_list(system, method, limits)
+    anchors, distance = slack(pairs, system.box, needed)
+    # compared with a margin of 10 %
+    narrow = pairs.skin <= 1.1 * NARROW * needed
+    # A slow system whose list is not narrow has a list of all pairs, which never becomes
+    # incomplete: without SETTLED the loop would not end for a measurement. A list that is narrow
+    # from the start, as for an energy of all neighbors, is measured once it has served.
+    serves = pace.steps + jnp.where(pace.slow, SETTLED, SERVES)
+    last = jnp.where(narrow & pace.slow, budget, jnp.minimum(budget, serves))
 
     def largest(state: PyTree) -> jax.Array:
         return largest_force(method.forces(state))
 
-    def steps_on_a_list(carry: tuple[Any, Neighbors, jax.Array, jax.Array, jax.Array]) -> Any:
-        state, kept, step, slow, _ = carry
-        kept, pairs = _lists_at(system.replace(neighbors=kept), method.positions(state), slow)
-        apply, forces = _minimizer_on_list(system.replace(neighbors=pairs), method, limits)
-        anchors, distance = slack(pairs, box, needed)
-        # compared with a margin of 10 %
-        narrow = pairs.skin <= 1.1 * NARROW * needed
-        # A slow system whose list is not narrow has a list of all pairs, which never becomes
-        # incomplete: without SETTLED the inner loop would not end for a measurement. A list that is
-        # narrow from the start, as for an energy of all neighbors, is measured once it has served.
-        last = jnp.where(
-            narrow & slow, budget, jnp.minimum(budget, step + jnp.where(slow, SETTLED, SERVES))
-        )
+    def unfinished(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        _, step, force, complete = carry
+        return (step < last) & (force > tolerance) & jnp.isfinite(force) & complete
 
-        def with_measured_stiffness(state: PyTree) -> Any:
-            slope = energy_gradient(system.replace(neighbors=pairs), used=pairs.used)
-            stiffness = largest_stiffness(slope, method.positions(state), limits.stiffness)
-            return method.at_stiffness(state, stiffness)
+    def one_step(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> Any:
+        state, step, _, _ = carry
+        state = apply(state)
+        complete = within(method.positions(state), anchors, distance)
+        return state, step + 1, largest(state), complete
 
-        def unfinished(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            _, step, force, complete = carry
-            return (step < last) & (force > tolerance) & jnp.isfinite(force) & complete
-
-        def one_step(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> Any:
-            state, step, _, _ = carry
-            state = apply(state)
-            complete = within(method.positions(state), anchors, distance)
-            return state, step + 1, largest(state), complete
-
-        # The forces in the state come from the list before this one, which may be incomplete.
-        state = method.with_forces(state, forces(method.positions(state)))
-        # Off the CPU the members of a batch run under vmap, where a cond computes both branches:
-        # the stiffness is then measured for every new list.
-        state = jax.lax.cond(slow, with_measured_stiffness, lambda state: state, state)
-        # No step is taken on an overflowed list: only the host can allocate a larger one.
-        start = (state, step, largest(state), ~pairs.overflowed)
-        state, step, force, complete = jax.lax.while_loop(unfinished, one_step, start)
-        stopped = complete & ((force <= tolerance) | (step >= budget))
-        finished = pairs.overflowed | ~jnp.isfinite(force) | stopped
-        return state, kept, step, complete & (step >= last), finished
-
-    never = jnp.zeros((), bool)
-    # state of the minimizer, neighbor list, number of steps, slow, finished
-    start = (state, pairs, jnp.zeros((), jnp.int32), never, never)
-    return jax.lax.while_loop(lambda carry: ~carry[4], steps_on_a_list, start)[:3]
+    # No step is taken on an overflowed list: only the host can allocate a larger one.
+    start = (pace.state, jnp.asarray(pace.steps), largest(pace.state), ~pairs.overflowed)
+    state, steps, force, complete = jax.lax.while_loop(unfinished, one_step, start)
+    stopped = complete & ((force <= tolerance) | (steps >= budget))
+    finished = pairs.overflowed | ~jnp.isfinite(force) | stopped
+    return Pace(state, steps, complete & (steps >= last)), finished, force
 
 
-def _lists_at(system: System, positions: jax.Array, slow: jax.Array) -> tuple[Neighbors, Neighbors]:
+def _lists_at(
+    system: System, positions: jax.Array, slow: jax.Array
+) -> tuple[Neighbors, Neighbors | None]:
     """Update the neighbor list of a system, and make the list that the next steps use.
 
     For most systems both are one list, which is narrow where the system is slow. A list of many
@@ -208,7 +287,7 @@ def _lists_at(system: System, positions: jax.Array, slow: jax.Array) -> tuple[Ne
       slow: whether the last list served for many steps.
 
     Returns:
-      (the list to keep, the list for the next steps).
+      (the list to keep, the narrow copy for the next steps, or None where they use the list).
     """
     kept = system.neighbors
     skin = COPIED * system.range
@@ -216,7 +295,7 @@ def _lists_at(system: System, positions: jax.Array, slow: jax.Array) -> tuple[Ne
     if not copies or kept.grid.skin < 2.0 * NARROW or system.potential.of_neighbors:
         wide = jnp.where(slow, NARROW, kept.grid.skin)
         kept, _ = listed(system, positions, skin=wide, anew=slow)
-        return kept, kept
+        return kept, None
     anchors, distance = slack(kept, system.box, system.range)
     near = within(positions, anchors, distance - 0.5 * skin)
     kept, _ = listed(system, positions, skin=jnp.asarray(kept.grid.skin), anew=~near)

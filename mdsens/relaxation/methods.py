@@ -37,13 +37,14 @@ class FireState(NamedTuple):
     """State of the FIRE minimizer between two steps.
 
     Attributes:
-      inner: the state in jax-md's FIRE, whose forces, momenta and masses are multiplied by
-        ``unit``.
+      inner: the fields of the state in jax-md's FIRE by name, with forces, momenta and masses
+        multiplied by ``unit``. A dict, and not the record of jax-md, so that compiled programs can
+        be kept for later processes, which cannot import that record by its name.
       unit: this factor, a scalar. It makes negligible the 1e-6 that jax-md adds to the squared norm
         of the forces, see ``Fire.functions``.
     """
 
-    inner: Any
+    inner: dict[str, Any]
     unit: jax.Array
 
 
@@ -121,7 +122,8 @@ class Fire:
         def scaled_forces(positions: jax.Array, **options: Any) -> jax.Array:
             return unit * forces(positions, **options)
 
-        init, apply = jax_md_minimize().fire_descent(
+        minimizers = jax_md_minimize()
+        init, apply = minimizers.fire_descent(
             scaled_forces,
             shift,
             dt_start=self.dt_start,
@@ -137,19 +139,19 @@ class Fire:
             # jax-md stores step sizes as float16 where they fit. Steps give them another type,
             # which a compiled loop does not allow.
             dtype = positions.dtype
-            inner = dataclasses.replace(
-                init(positions, mass=jnp.asarray(unit * limits.stiffness / 10.0, dtype)),
-                dt=jnp.asarray(self.dt_start, dtype),
-                alpha=jnp.asarray(self.alpha_start, dtype),
-            )
-            return FireState(inner, jnp.asarray(unit, dtype))
+            first = init(positions, mass=jnp.asarray(unit * limits.stiffness / 10.0, dtype))
+            sizes = {
+                "dt": jnp.asarray(self.dt_start, dtype),
+                "alpha": jnp.asarray(self.alpha_start, dtype),
+            }
+            return FireState({**vars(first), **sizes}, jnp.asarray(unit, dtype))
 
         def step(state: FireState) -> FireState:
-            inner = apply(state.inner)
-            size = jnp.sqrt(jnp.sum(inner.force**2, axis=-1, keepdims=True))
+            moved = apply(minimizers.FireDescentState(**state.inner))
+            size = jnp.sqrt(jnp.sum(moved.force**2, axis=-1, keepdims=True))
             free = size < AT_LIMIT * state.unit * limits.strongest
-            momentum = jnp.where(free, inner.momentum, 0.0)
-            return FireState(dataclasses.replace(inner, momentum=momentum), state.unit)
+            momentum = jnp.where(free, moved.momentum, 0.0)
+            return FireState({**vars(moved), "momentum": momentum}, state.unit)
 
         return start, step
 
@@ -164,17 +166,17 @@ class Fire:
     @staticmethod
     def positions(state: FireState) -> jax.Array:
         """Return the positions (n, d) in a state of FIRE."""
-        return state.inner.position
+        return state.inner["position"]
 
     @staticmethod
     def with_forces(state: FireState, forces: jax.Array) -> FireState:
         """Return a state of FIRE with its forces replaced by ``forces``, (n, d)."""
-        return FireState(dataclasses.replace(state.inner, force=state.unit * forces), state.unit)
+        return FireState({**state.inner, "force": state.unit * forces}, state.unit)
 
     @staticmethod
     def forces(state: FireState) -> jax.Array:
         """Return the forces (n, d) in a state of FIRE, in the system's units."""
-        return state.inner.force / state.unit
+        return state.inner["force"] / state.unit
 
     @staticmethod
     def at_stiffness(state: FireState, stiffness: jax.Array) -> FireState:
@@ -185,8 +187,8 @@ class Fire:
         mass = state.unit * MEASURED * stiffness / 10.0
         # jax-md stores momenta, and these stay: the velocities change in inverse proportion to the
         # mass.
-        inner = dataclasses.replace(state.inner, mass=jnp.full_like(state.inner.mass, mass))
-        return FireState(inner, state.unit)
+        masses = jnp.full_like(state.inner["mass"], mass)
+        return FireState({**state.inner, "mass": masses}, state.unit)
 
 
 # Positions and the forces there, (n, d) each.

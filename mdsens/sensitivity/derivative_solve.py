@@ -214,15 +214,25 @@ class DerivativeRule(NamedTuple):
     transposed: bool = False
 
 
-# Rules are static arguments of compiled code, and each is made once, here: a new lambda would be a
-# new rule to jax, which would compile again.
-JVP = DerivativeRule(_jvp_right_hand_side, _jvp_result, lambda params, tangent: tuple(tangent))
-VJP = DerivativeRule(
-    _vjp_right_hand_side, _vjp_result, lambda params, cotangent: tuple(params), transposed=True
-)
+def _changed(params: Params, tangent: Params) -> tuple[str, ...]:
+    return tuple(tangent)
+
+
+def _all(params: Params, cotangent: Unknowns) -> tuple[str, ...]:
+    return tuple(params)
+
+
+def _none(params: Params, argument: Any) -> tuple[str, ...]:
+    return ()
+
+
+# Rules are static arguments of compiled code, and each is made once, here: a new rule would be
+# compiled again. Their functions have names, by which another process finds compiled code.
+JVP = DerivativeRule(_jvp_right_hand_side, _jvp_result, _changed)
+VJP = DerivativeRule(_vjp_right_hand_side, _vjp_result, _all, transposed=True)
 # By no parameter: the potential may take its cheapest form.
-FORCE = DerivativeRule(_force_right_hand_side, _force_result, lambda params, force: ())
-STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, lambda params, strain: ())
+FORCE = DerivativeRule(_force_right_hand_side, _force_result, _none)
+STRAIN = DerivativeRule(_strain_right_hand_side, _force_result, _none)
 
 
 def solve_derivative(

@@ -255,9 +255,9 @@ def test_compilation_cache_serves_the_next_process(tmp_path: Path):
 
     assert minimize() == ""
     # what compiles in an instant is kept now and again
-    kept = sorted(folder.glob("jit__advance-*-cache"))
+    kept = sorted(folder.glob("steps_on_list-*-cache"))
     assert minimize(CACHED) == ""
-    assert kept and sorted(folder.glob("jit__advance-*-cache")) == kept
+    assert kept and sorted(folder.glob("steps_on_list-*-cache")) == kept
 
 
 def test_warnings_are_off_while_code_is_loaded_and_then_alone(monkeypatch: pytest.MonkeyPatch):

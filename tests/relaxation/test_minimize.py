@@ -398,7 +398,7 @@ def test_fire_takes_its_mass_from_the_stiffness_that_it_meets(n):
     state, *_ = advance(start, state, start.reallocate(4.0).neighbors, 1e-12, 1500, Fire(), limits)
     relaxed = ms.minimize(start, method=Fire()).system
     largest = np.linalg.eigvalsh(dense_hessian(relaxed))[-1]
-    mass = np.unique(np.asarray(state.inner.mass / state.unit))
+    mass = np.unique(np.asarray(state.inner["mass"] / state.unit))
     assert largest < 0.5 * float(limits.stiffness)
     assert mass.size == 1 and 0.85 * largest < mass[0] * 10.0 / MEASURED < 1.05 * largest
 

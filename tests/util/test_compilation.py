@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdsens._util.compilation import SMALL, compiled
+from mdsens._util.compilation import MEDIUM, MEDIUM_LOOP, SMALL, compiled
 
 
 @compiled
@@ -36,10 +36,22 @@ def test_values_are_those_of_the_function_at_any_size_and_in_any_transformation(
     np.testing.assert_array_equal(jax.jit(chained)(x), jax.jit(chained.__wrapped__)(x))
 
 
-def test_small_arguments_are_compiled_with_fewer_optimizations():
-    quick, thorough = chained.versions  # type: ignore[attr-defined]
-    counts = quick._cache_size(), thorough._cache_size()
-    chained(jnp.ones(7))
-    assert (quick._cache_size(), thorough._cache_size()) == (counts[0] + 1, counts[1])
-    chained(jnp.ones(SMALL + 2))
-    assert (quick._cache_size(), thorough._cache_size()) == (counts[0] + 1, counts[1] + 1)
+def test_smaller_arguments_are_compiled_with_fewer_optimizations():
+    def counts() -> list[int]:
+        versions = chained.versions  # type: ignore[attr-defined]
+        return [version._cache_size() for version in versions]
+
+    # quick, plain, thorough
+    for k, size in enumerate((SMALL - 1, MEDIUM - 1, MEDIUM + 1)):
+        before = counts()
+        chained(jnp.ones(size))
+        assert counts() == [count + (k == m) for m, count in enumerate(before)]
+
+
+def test_loops_are_never_compiled_quickly():
+    quick, plain, thorough = powers.versions  # type: ignore[attr-defined]
+    before = quick._cache_size(), plain._cache_size(), thorough._cache_size()
+    powers(jnp.ones(MEDIUM_LOOP), power=1)
+    powers(jnp.ones(MEDIUM_LOOP + 1), power=1)
+    after = quick._cache_size(), plain._cache_size(), thorough._cache_size()
+    assert after == (before[0], before[1] + 1, before[2] + 1)

@@ -120,7 +120,8 @@ def test_one_shape_compiles_once():
         return [
             sum(version._cache_size() for version in f.versions)  # type: ignore[attr-defined]
             for f in (
-                _driver._advance,
+                _driver._on_next_list,
+                _driver._steps_on_list,
                 derivative_solve._right_hand_sides,
                 derivative_solve._results,
             )
