@@ -22,15 +22,16 @@ from mdsens._util.validation import check_positive, check_whole, short
 from mdsens.mechanics.units import Limits
 from mdsens.relaxation.jax_md import JaxMD, jax_md_minimize
 
-__all__ = ["Fire", "GradientDescent", "Minimizer", "Newton"]
+__all__ = ["DEEP", "Fire", "GradientDescent", "Minimizer", "Newton"]
 
 # Share of a measured stiffness that counts as the potential's stiffness, so that dt_max = 0.4 is
 # 1.7 rad of the fastest vibration. Measured for packings in 2-D and 3-D and for Lennard-Jones
 # glasses: the number of steps falls as this share is lowered to here and 10 % below, and rises at
 # 20 % below.
 MEASURED = 0.55
-# Share of the largest force that a particle may have from which on its force counts as shortened.
-AT_LIMIT = 0.999
+# Size to which the force on a particle that overlaps deeply with another is shortened, in units of
+# the largest force that a particle may have. The margin marks such a particle: it gets no momentum.
+DEEP = 1.01
 
 
 class FireState(NamedTuple):
@@ -105,11 +106,11 @@ class Fire:
         negligible: in the multiplied units, round-off of the largest force that a particle may have
         is 1.
 
-        A particle whose force was shortened to the largest one loses its momentum: it overlaps with
-        another, and moves apart from it step by step. With its momentum the energy of the overlap
-        would heat the system: 2,000 Lennard-Jones particles at random positions would need 500
-        steps, in which the neighbor list is searched again every three, until this heat is gone,
-        instead of 70.
+        A particle that overlaps deeply with another (its force is shortened to ``DEEP``) loses its
+        momentum, and moves away from the other step by step. With its momentum the energy of the
+        overlap would heat the system: 2,000 Lennard-Jones particles at random positions would need
+        500 steps, in which the neighbor list is searched again every three, until this heat is
+        gone, instead of 80.
 
         Args:
           forces: function from positions (n, d) to forces (n, d).
@@ -149,7 +150,7 @@ class Fire:
         def step(state: FireState) -> FireState:
             moved = apply(minimizers.FireDescentState(**state.inner))
             size = jnp.sqrt(jnp.sum(moved.force**2, axis=-1, keepdims=True))
-            free = size < AT_LIMIT * state.unit * limits.strongest
+            free = size < 0.5 * (1.0 + DEEP) * state.unit * limits.strongest
             momentum = jnp.where(free, moved.momentum, 0.0)
             return FireState({**vars(moved), "momentum": momentum}, state.unit)
 

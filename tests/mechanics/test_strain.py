@@ -48,9 +48,9 @@ def energy(system: ms.System, motion: Any, params: Any, positions: Any, s: Any) 
     return potential_energy(system, places, params, jnp.tensordot(s, along, axes=1))
 
 
-def motion_of(system: ms.System) -> np.ndarray:
+def motion_of(system: ms.System) -> jax.Array:
     m = len(strain.basis(system.dimension))
-    return np.random.default_rng(2).standard_normal((m, *system.positions.shape))
+    return jnp.asarray(np.random.default_rng(2).standard_normal((m, *system.positions.shape)))
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)

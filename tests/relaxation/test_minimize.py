@@ -18,11 +18,12 @@ from conftest import quick, relative
 
 import mdsens as ms
 from mdsens._util.progress import Decades
+from mdsens.mechanics.forces import energy_gradient
 from mdsens.mechanics.hessian import dense_hessian, largest_force, largest_stiffness, max_force
 from mdsens.mechanics.units import Limits, natural_units
 from mdsens.model import neighbors
 from mdsens.model.system import potential_energy
-from mdsens.relaxation.fire_loop import advance, at_rest
+from mdsens.relaxation.fire_loop import advance, at_rest, limited_minimizer
 from mdsens.relaxation.methods import MEASURED, Fire, GradientDescent
 from mdsens.relaxation.traced import relax
 
@@ -419,3 +420,21 @@ def test_a_particle_alone_rests_where_it_is():
     np.testing.assert_array_equal(eq.positions, [[1.0, 1.0]])
     with pytest.raises(ms.ConvergenceError, match="no contact carries force"):
         ms.jvp(eq, {"sigma": 1.0})
+
+
+def test_a_deep_overlap_gives_no_momentum():
+    """Its energy would heat the system; FIRE moves such particles apart step by step."""
+    potential = ms.potentials.lennard_jones()
+    # two particles at a third of their distance of rest, two at a distance somewhat too short
+    places = jnp.asarray([[0.0, 0.0], [0.4, 0.0], [5.0, 0.0], [6.05, 0.0]])
+    system = ms.System.create(places, None, potential, {"sigma": 1.0, "epsilon": 1.0})
+    limits = Limits.of(natural_units(system), Fire())
+    slope = energy_gradient(system)
+    init, apply, _ = limited_minimizer(Fire(), lambda R: -slope(R), limits)
+    state = init(places)
+    for _ in range(3):
+        state = apply(state)
+    moved = np.asarray(Fire.positions(state) - places)
+    momentum = np.asarray(state.inner["momentum"])
+    assert moved[0, 0] < 0 < moved[1, 0] and not momentum[:2].any()
+    assert moved[2, 0] < 0 < moved[3, 0] and momentum[2:, 0].all()
