@@ -89,6 +89,9 @@ SADDLES = 20
 ASIDE = 0.03
 # Longest step off a saddle, in units of the potential's length scale.
 LONGEST = 0.1
+# Largest change of a coordinate, in units of the potential's length scale, with which the scale of
+# the forces is not measured again.
+NEAR = 1e-3
 # If the force does not fall below GAINED of the smallest so far in STANDING calls, the minimizer
 # stands at round-off that the force floor underestimates, provided that the force is at most
 # NEAR_FLOOR times the floor. FIRE is slow near jamming, too, but there the force loses a tenth
@@ -261,6 +264,7 @@ class RelaxationState:
       unstable: whether the Hessian at the end has a mode of negative stiffness along which no step
         was taken.
       aimed_at: the system and its largest force for which ``aim`` was called last.
+      scaled_at: (n, d) the positions at which ``scale`` was computed; None before.
       interrupted: whether the relaxation was interrupted before its end.
       stop: an event that another thread sets to interrupt the relaxation.
     """
@@ -289,6 +293,7 @@ class RelaxationState:
     examined: bool = False
     unstable: bool = False
     aimed_at: tuple[System | None, float] = (None, np.inf)
+    scaled_at: np.ndarray | None = None
     interrupted: bool = False
     stop: Event = dataclasses.field(default_factory=Event)
 
@@ -387,9 +392,12 @@ class RelaxationState:
         if self.aimed_at[0] is self.system and self.aimed_at[1] == self.largest:
             return self.largest > self.tested
         self.aimed_at = (self.system, self.largest)
-        left = self.limits.stiffness.dtype.type(self.largest)
-        scale = force_scale(self.system, self.length, self.limits.stiffness, left)
-        self.scale = ForceScale(*(np.asarray(x) for x in scale))
+        if not self._scale_serves():
+            left = self.limits.stiffness.dtype.type(self.largest)
+            scale = force_scale(self.system, self.length, self.limits.stiffness, left)
+            self.scale = ForceScale(*(np.asarray(x) for x in scale))
+            self.scaled_at = np.asarray(self.system.positions)
+        assert self.scale is not None
         goal, stop = force_goal(self.scale, self.tolerance)
         self.goal = float(goal)
         # fmin rather than min: a stop of NaN, at positions that are not finite, is ignored
@@ -397,6 +405,17 @@ class RelaxationState:
         if self.bar is not None:
             self.bar.tolerance = self.tested
         return self.largest > self.tested
+
+    def _scale_serves(self) -> bool:
+        """Return whether the scale of the forces of an earlier configuration serves here, too.
+
+        For energies that are no sums over pairs it takes some thirty Hessian products, and changes
+        little with small moves. That of pairs costs little, and tells which of them interact.
+        """
+        if self.scaled_at is None or self.system.potential.pairwise:
+            return False
+        moved = np.max(np.abs(np.asarray(self.system.positions) - self.scaled_at), initial=0.0)
+        return bool(moved <= NEAR * self.length)
 
     def to_minimum(self, newton: Newton | None, leave_saddles: bool = True) -> None:
         """Relax the system to the tolerance of the forces, or as far as possible.
