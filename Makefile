@@ -12,6 +12,7 @@ made := .venv/made-by-python-$(version)
 installed := .venv/installed-test
 installed_dev := .venv/installed-dev
 installed_bench := .venv/installed-bench
+installed_docs := .venv/installed-docs
 # Without compiling every module of every package, which takes longer than the rest: Python compiles what is imported,
 # and keeps it.
 install := $(bin)/python -m pip install -qq --no-input --no-compile --disable-pip-version-check -c constraints.txt
@@ -20,7 +21,7 @@ scratch := build/notebooks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-as-shipped fuzz bench paper lint notebooks check constraints clean
+.PHONY: help demo test test-as-shipped fuzz bench paper lint notebooks docs check constraints clean
 
 help:
 	@echo 'make demo         the sensitivity of a packing to the size of half its particles: demo/demo.png'
@@ -31,7 +32,8 @@ help:
 	@echo 'make paper        the experiments of arXiv:2105.15183, some minutes: benchmarks/paper/README.md'
 	@echo 'make lint         ruff check, ruff format --check, pyright'
 	@echo 'make notebooks    run every notebook, on copies in $(scratch)'
-	@echo 'make check        test, lint and notebooks: what CI runs'
+	@echo 'make docs         the documentation site: build/docs/index.html; runs the notebooks unless they have run'
+	@echo 'make check        test, lint, notebooks and docs: what CI runs'
 	@echo 'make constraints  constraints.txt anew, from what pip resolves today for: $(PYTHONS)'
 	@echo 'make clean        remove .venv and all that was built or run'
 	@echo
@@ -94,7 +96,16 @@ notebooks: $(installed)
 	  $(bin)/jupyter execute --inplace --kernel_name=python3 --timeout=300 "$(scratch)/$$(basename @)" \
 	    && echo "@: ran in $$(( $$(date +%s) - began )) s" || { echo "@: failed" >&2; exit 1; }'
 
-check: test lint notebooks
+# The notebooks with the outputs of their last run; they run now if one has not run since it changed. Every warning is an error.
+docs: $(installed_docs)
+	@for file in notebooks/*.ipynb; do \
+	  [ "$(scratch)/$${file##*/}" -nt "$$file" ] || { $(MAKE) --no-print-directory notebooks && break; } || exit 1; \
+	done
+	@rm -rf docs/notebooks && mkdir -p docs/notebooks && cp $(scratch)/*.ipynb docs/notebooks/
+	$(bin)/sphinx-build -q -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo 'build/docs/index.html'
+
+check: test lint notebooks docs
 
 $(made):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -114,6 +125,11 @@ $(installed): $(made) pyproject.toml constraints.txt
 $(installed_bench): $(installed)
 	@echo 'Installing the peers that the benchmarks measure into .venv ...'
 	@$(install) -e '.[bench]'
+	@touch $@
+
+$(installed_docs): $(installed)
+	@echo 'Installing Sphinx, which makes the site, into .venv ...'
+	@$(install) -e '.[docs]'
 	@touch $@
 
 $(installed_dev): $(installed)

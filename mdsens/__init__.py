@@ -54,6 +54,7 @@ from mdsens._util.errors import (
 from mdsens.implicit.linear.result import SolveStats
 from mdsens.io import load_system
 from mdsens.mechanics import Unknowns
+from mdsens.mechanics.explanations import explain
 from mdsens.mechanics.status import Status
 from mdsens.model.batch import stack, unstack
 from mdsens.model.box import PackingFraction
@@ -147,6 +148,7 @@ __all__ = [
     "enable_compilation_cache",
     "enable_x64",
     "equilibrate",
+    "explain",
     "find_saddle",
     "gradient",
     "implicit",

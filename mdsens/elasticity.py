@@ -352,6 +352,13 @@ def moduli(
         modulus is zero to round-off (FLOPPY), in doubt (STIFFNESS_UNSETTLED) or negative
         (UNSTABLE). The message gives both moduli, and ``throw=False`` returns the tensor, whose
         entries are valid all the same.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> m = ms.elasticity.moduli(ms.minimize(ms.load_system("seed_packing_2d", seed=0)))
+      >>> print(f"bulk {float(m.bulk):.4f}, shear {float(m.shear):.4f}")
+      bulk 0.9743, shear 0.2137
     """
     if isinstance(eq, System):
         _check_cell(eq)

@@ -140,6 +140,14 @@ def smallest_stiffness(
       InputError: ``eq`` is a batch or has constraints, or another argument is invalid.
       ConvergenceError: ``eq`` is no minimum or is a saddle, has a floppy mode, or its lowest modes
         cannot be told from the next ones.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("seed_packing_2d", seed=0))
+      >>> softest = ms.modes.smallest_stiffness(eq)
+      >>> print(f"{softest.value:.5f}")
+      0.02996
     """
     count = _check_arguments(count, accuracy)
     lin = linearized(eq, None)

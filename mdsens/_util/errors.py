@@ -55,10 +55,14 @@ class ConvergenceError(MdsensError, RuntimeError):
         self.status = status
         self.result: Any = result
 
+    def __str__(self) -> str:
+        # where the longer explanation is, with causes and remedies
+        return f"{self.args[0]} ms.explain({self.status.name!r}) tells more."
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Python's default restores an exception from its ``args``, here the message alone. The
         # call would lack ``status``, and a pool of processes would break.
-        return type(self), (str(self), self.status, self.result)
+        return type(self), (self.args[0], self.status, self.result)
 
 
 class InterruptionError(ConvergenceError, KeyboardInterrupt):

@@ -60,16 +60,36 @@ def numbers(values: Iterable[float], digits: int = 5) -> list[str]:
 
 
 def html(title: str, rows: Rows) -> str:
-    """Format rows of a name and a value as an HTML table; a name without a value is a heading."""
-    left = "style='text-align:left'"
-    body = ""
+    """Format rows of a name and a value as HTML tables that can be folded.
+
+    A name without a value is the heading of a section, which has a table of its own.
+    """
+    sections: list[tuple[str, list[tuple[str, str]]]] = [("", [])]
     for key, value in rows:
-        name = _html.escape(key)
         if value:
-            body += f"<tr><th {left}>{name}</th><td {left}>{_html.escape(value)}</td></tr>"
+            sections[-1][1].append((key, value))
         else:
-            body += f"<tr><td {left} colspan='2'><i>{name}</i></td></tr>"
-    return f"<table><caption {left}><b>{_html.escape(title)}</b></caption>{body}</table>"
+            sections.append((key, []))
+    body = "".join(
+        _folding(f"<i>{_html.escape(name)}</i>", _table(lines)) if name else _table(lines)
+        for name, lines in sections
+    )
+    return _folding(f"<b>{_html.escape(title)}</b>", body)
+
+
+def _table(rows: Rows) -> str:
+    """Format rows as a table of HTML; no rows as nothing."""
+    left = "style='text-align:left'"
+    body = "".join(
+        f"<tr><th {left}>{_html.escape(key)}</th><td {left}>{_html.escape(value)}</td></tr>"
+        for key, value in rows
+    )
+    return f"<table>{body}</table>" if body else ""
+
+
+def _folding(summary: str, body: str) -> str:
+    """Put HTML under a line that folds it; it is open at first."""
+    return f"<details open><summary>{summary}</summary>{body}</details>"
 
 
 class Shown(Named, abc.ABC):

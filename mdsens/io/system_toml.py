@@ -160,6 +160,12 @@ def load_system(name: str | Path, /, **fields: Any) -> System:
 
     Raises:
       InputError: bad content; the message gives the key, its value and the remedy.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> ms.load_system("seed_packing_2d", seed=3).n
+      128
     """
     path = locate(name)
     try:

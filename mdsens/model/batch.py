@@ -44,6 +44,13 @@ def stack(systems: list[System] | tuple[System, ...]) -> System:
 
     Raises:
       InputError: a system differs from the first one in such a property; the message names both.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> batch = ms.stack([ms.load_system("seed_packing_2d", seed=s) for s in (0, 1)])
+      >>> batch.batch
+      2
     """
     _check_systems(systems)
     systems = [s if s.neighbors.complete else s.reallocate(keep=True) for s in systems]

@@ -95,6 +95,15 @@ def minimize(
       PrecisionError: the tolerance is below round-off in the precision of the positions.
       ConvergenceError: the tolerance was not reached; the error has the status, and the
         configuration that was reached as ``result``.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("dimer"))  # two Lennard-Jones particles
+      >>> print(f"{float(abs(eq.positions[0] - eq.positions[1]).max()):.4f}")  # 2^(1/6) sigma
+      1.1225
+      >>> ms.Status(int(eq.status)).good
+      True
     """
     # Some versions of jax give wrong neighbor lists or forces without an error.
     require_sound_jax()

@@ -231,6 +231,14 @@ def jvp(
       InputError: a name is no parameter's, or a shape is wrong.
       ConvergenceError: the minimum is unconverged, unjammed or a saddle, or the solve did not
         converge.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("dimer"))
+      >>> r = ms.jvp(eq, {"sigma": 1.0})
+      >>> print(f"{float(abs(r.value[0] - r.value[1]).max()):.6f}")  # 2^(1/6)
+      1.122462
     """
     if isinstance(dparams, Mapping) and not dparams:
         raise InputError("dparams is empty: give at least one parameter's name and its change.")
@@ -340,6 +348,15 @@ def vjp(
       matrix of species pairs, entries (a, b) and (b, a) are one physical number, and each has half
       of the derivative by that number; the result's method ``component("sigma[0,1]")`` gives the
       whole derivative.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("dimer"))
+      >>> apart = eq.positions[1] - eq.positions[0]
+      >>> bond = ms.vjp(eq, [-apart, apart])  # weights: half of the squared distance r^2 = 2^(1/3)
+      >>> print(f"{float(bond.value['sigma']):.6f}")  # r dr/dsigma = 2^(1/3)
+      1.259921
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -378,6 +395,17 @@ def response(
 
     Returns:
       a :class:`Displacement` with ``value`` (n, d).
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("dimer"))
+      >>> apart = eq.positions[1] - eq.positions[0]
+      >>> unit = apart / float((apart**2).sum()) ** 0.5
+      >>> pulled = ms.response(eq, [-unit, unit])  # pulls the particles apart with a force of 1
+      >>> longer = float(((pulled.value[1] - pulled.value[0]) * unit).sum())
+      >>> print(f"{1 / longer:.3f}")  # the stiffness of the bond, 72 / 2^(1/3) epsilon / sigma^2
+      57.146
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -471,6 +499,13 @@ def jacobian(
     Raises:
       TooLargeError: the result would take more than half of the free memory; the message gives the
         size. Take ``vjp`` then, whose cost does not grow with the number of parameters.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("seed_packing_2d", seed=0))
+      >>> ms.jacobian(eq, wrt="sigma").value.shape  # particles, axes, diameters of the two species
+      (128, 2, 2)
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)
@@ -564,6 +599,14 @@ def gradient(
       pairs, entries (a, b) and (b, a) are one physical number, and each has half of the derivative
       by that number; the result's method ``component("sigma[0,1]")`` gives the whole derivative, of
       the observable's shape.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("dimer"))
+      >>> depth = ms.gradient(ms.observables.energy, eq)  # the energy at rest is -epsilon
+      >>> print(f"{float(depth.value['epsilon']):.6f}")
+      -1.000000
     """
     if _batched(eq):
         assert isinstance(eq, Equilibrium)

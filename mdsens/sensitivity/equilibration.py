@@ -74,6 +74,15 @@ def equilibrate(
         largest number of steps, as in ``minimize``.
       solve: the linear solver of the derivative.
       has_aux: whether to return ``(System, SolveStats)`` instead of the System alone.
+
+    Example:
+      >>> import jax
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> system = ms.minimize(ms.load_system("dimer")).system
+      >>> energy = lambda p: ms.observables.energy(ms.equilibrate(system, p))
+      >>> print(f"{float(jax.grad(energy)(system.params)['epsilon']):.6f}")
+      -1.000000
     """
     _check_arguments(system, tolerance)
     all_params = dict(system.params)

@@ -308,6 +308,13 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     Raises:
       ConvergenceError: the minimum is not converged, has no contacts (UNJAMMED), or cannot be
         differentiated for another reason, which the message gives.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("seed_packing_2d", seed=0))
+      >>> lin = ms.linearize(eq)  # the Hessian is factorized here, once
+      >>> large, small = (ms.jvp(lin, {"sigma": s}).value for s in ([1.0, 0.0], [0.0, 1.0]))
     """
     require_sound_jax()
     if not isinstance(eq, Equilibrium):

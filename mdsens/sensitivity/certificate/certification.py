@@ -319,6 +319,14 @@ def certify(
 
     Raises:
       InputError: a name is no parameter's, or a shape is wrong.
+
+    Example:
+      >>> import mdsens as ms
+      >>> ms.enable_x64()
+      >>> eq = ms.minimize(ms.load_system("seed_packing_2d", seed=0))
+      >>> c = ms.certify(eq, {"sigma": [0.0, 1.0]})
+      >>> c.status.name
+      'CONVERGED'
     """
     if isinstance(eq, Equilibrium) and eq.system.batch is not None:
         raise InputError(
