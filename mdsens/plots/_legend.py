@@ -48,11 +48,12 @@ class Foot(NamedTuple):
         """
 
         def points(text: str) -> float:
-            # 0.55 of the font size for each character, without the commands of mathtext
-            return 0.55 * FONT * len(re.sub(r"\\mathrm|[${}_\\]|(?<=\\)[a-z]+", "", text))
+            # 0.6 of the font size for each character; a Greek letter of mathtext is one
+            plain = re.sub(r"\\[a-z]+", "x", re.sub(r"\\mathrm|[${}_]", "", text))
+            return 0.6 * FONT * len(plain)
 
-        # 2.3 font sizes for the circle and the gaps beside it
-        column = max((points(name) + 2.3 * FONT for name in self.names), default=0.0)
+        # 2.5 font sizes for the circle and the gaps beside it
+        column = max((points(name) + 2.5 * FONT for name in self.names), default=0.0)
         arrow = points(self.caption) + FONT + self.length * width if self.caption else 0.0
         room = (1.0 - self.bar) * width
         if len(self.names) * column + arrow <= room:
