@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mdsens.plots._style import ARROW, FONT, OUTLINE, PAPER
+from mdsens.plots._style import FONT, Inks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROW", "Foot", "legend", "rounded"]
 
-ROW = 11.0  # points from one row of the legend to the next
+ROW = 12.0  # points from one row of the legend to the next
 
 
 class Foot(NamedTuple):
@@ -48,11 +48,12 @@ class Foot(NamedTuple):
         """
 
         def points(text: str) -> float:
-            # 0.55 of the font size for each character, without the commands of mathtext
-            return 0.55 * FONT * len(re.sub(r"\\mathrm|[${}_\\]|(?<=\\)[a-z]+", "", text))
+            # 0.6 of the font size for each character; a Greek letter of mathtext is one
+            plain = re.sub(r"\\[a-z]+", "x", re.sub(r"\\mathrm|[${}_]", "", text))
+            return 0.6 * FONT * len(plain)
 
-        # 2.3 font sizes for the circle and the gaps beside it
-        column = max((points(name) + 2.3 * FONT for name in self.names), default=0.0)
+        # 2.5 font sizes for the circle and the gaps beside it
+        column = max((points(name) + 2.5 * FONT for name in self.names), default=0.0)
         arrow = points(self.caption) + FONT + self.length * width if self.caption else 0.0
         room = (1.0 - self.bar) * width
         if len(self.names) * column + arrow <= room:
@@ -62,7 +63,7 @@ class Foot(NamedTuple):
         return columns, rows, rows + 1  # the arrow gets a row of its own
 
 
-def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
+def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None, colors: Inks) -> None:
     """Draw the legend below the picture of a configuration.
 
     Args:
@@ -70,6 +71,7 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
       foot: the contents of the legend.
       key: the kinds of particles with their colors; or a color map and its range, for a color bar.
       quiver: the arrows of the picture, whose scale the scale arrow shows; None without arrows.
+      colors: the colors of the figure.
     """
     from matplotlib.legend_handler import HandlerPatch
     from matplotlib.patches import Circle
@@ -88,22 +90,27 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
         bar = ax.inset_axes((0.12, -1.15 * row, 0.22, 0.6 * row))
         bar.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=shades)
         bar.set(xticks=[], yticks=[])
-        bar.spines[:].set(color=OUTLINE, linewidth=0.5)
+        bar.spines[:].set(color=colors.outline, linewidth=0.5)
         for x, side, text in (
             (-0.08, "right", rf"$\sigma$ {span.vmin:.2g}"),
             (1.08, "left", f"{span.vmax:.2g}"),
         ):
-            bar.text(x, 0.4, text, ha=side, va="center", fontsize=FONT, transform=bar.transAxes)
+            look: dict[str, Any] = {"ha": side, "va": "center", "fontsize": FONT}
+            bar.text(x, 0.4, text, transform=bar.transAxes, color=colors.ink, **look)
     handles = []
     for name, color in kinds:
-        circle = Circle((0, 0), facecolor=color, edgecolor=OUTLINE, linewidth=0.5, label=name)
+        circle = Circle(
+            (0, 0), facecolor=color, edgecolor=colors.outline, linewidth=0.5, label=name
+        )
         handles.append(circle)
     if "rattler" in foot.names:
-        dashed = Circle(
-            (0, 0), facecolor=PAPER, edgecolor=OUTLINE, linewidth=0.7, linestyle=(0, (2, 1))
-        )
-        dashed.set_label("rattler")
+        dashed = Circle((0, 0), facecolor=colors.paper, linewidth=0.7, linestyle=(0, (2, 1)))
+        dashed.set(edgecolor=colors.outline, label="rattler")
         handles.append(dashed)
+    if "changed" in foot.names:
+        ring = Circle((0, 0), facecolor="none", edgecolor=colors.bad, linewidth=1.4)
+        ring.set_label("changed")
+        handles.append(ring)
     if quiver is not None:
         ax.quiverkey(
             quiver,
@@ -113,10 +120,14 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
             foot.caption,
             labelpos="W",
             labelsep=0.06,
-            facecolor=ARROW,
+            facecolor=colors.ink,
+            labelcolor=colors.ink,
             linewidth=max(np.asarray(quiver.get_linewidth())),
             fontproperties={"size": FONT},
         )
+        # A layout engine (constrained, tight) makes room for texts and legends, and not for scale
+        # arrows: without this blank it would cut off one that has a row of its own.
+        ax.text(0.5, -(arrow_row + 1.3) * row, " ", fontsize=1, transform=ax.transAxes)
     if not handles:
         return
 
@@ -135,6 +146,7 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None) -> None:
         ncols=columns,
         frameon=False,
         fontsize=FONT,
+        labelcolor=colors.ink,
         borderpad=0.0,
         borderaxespad=0.0,
         handlelength=1.0,

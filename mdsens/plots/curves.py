@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdsens._util.errors import InputError
-from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER, title_with_status
+from mdsens.plots._style import COLUMN, FONT, Inks, inks, title_with_status
 from mdsens.verify import DerivativeTest, Unrolled
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["derivative_test", "stiffness_spectrum", "unrolled"]
 
 HEIGHT = 2.5  # inches
-# Apart in lightness and hue under every common color blindness.
-GOOD = "#2f6db3"
-BAD = "#c8553d"
 # Color map of the participation ratio: dark where few particles move; its palest end, of plane
 # waves, is rare.
 MODES = "viridis"
@@ -62,6 +59,7 @@ def derivative_test(
             f"`test` is a {type(test).__name__}: give what ms.verify.derivative_test returns."
         )
     ax = _column() if ax is None else ax
+    colors = inks(ax)
     steps = test.steps
     # a NaN would leave no point in the picture; it is drawn as an error of all of the value
     errors = np.nan_to_num(np.clip(test.errors, FLOOR, None), nan=1.0, posinf=1.0)
@@ -69,11 +67,11 @@ def derivative_test(
     ax.set(xscale="log", yscale="log", xlim=(steps.min() / 2, steps.max() * 2))
     # two decades at least, so that small scatter about a constant error does not fill the axis
     ax.set_ylim(errors.min() / 5, max(errors.max(), 100 * errors.min()) * 5)
-    ax.plot(steps[relaxed], errors[relaxed], color=OUTLINE, linewidth=0.6, zorder=1.5)
+    ax.plot(steps[relaxed], errors[relaxed], color=colors.outline, linewidth=0.6, zorder=1.5)
     for chosen, marker, fill, edge, name in (
-        (test.sound, "o", GOOD, GOOD, "same contacts"),
-        (relaxed & test.network_changed, "o", PAPER, BAD, "contacts changed"),
-        (~relaxed, "x", BAD, BAD, "not relaxed"),
+        (test.sound, "o", colors.good, colors.good, "same contacts"),
+        (relaxed & test.network_changed, "o", colors.paper, colors.bad, "contacts changed"),
+        (~relaxed, "x", colors.bad, colors.bad, "not relaxed"),
     ):
         if chosen.any():
             _points(ax, steps[chosen], errors[chosen], marker, fill, edge, name)
@@ -91,7 +89,7 @@ def derivative_test(
         )
     marked = steps.min() / 2 < test.radius < steps.max() * 2  # within the limits of the axis
     if marked:
-        _mark_contact_change(ax, test.radius)
+        _mark_contact_change(ax, test.radius, colors)
     ax.set_xlabel("step $t$", fontsize=FONT)
     ax.set_ylabel("relative error", fontsize=FONT)
     # where the mark has its name above the frame, the title goes above that
@@ -125,16 +123,17 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
             f"`found` is a {type(found).__name__}: give what ms.verify.unrolled returns."
         )
     ax = _column() if ax is None else ax
+    colors = inks(ax)
     steps = found.steps
     # a NaN would leave no point in the picture; it is drawn as an error of all of the value
     errors = np.nan_to_num(np.clip(found.errors, FLOOR, None), nan=1.0, posinf=1.0)
     chaotic = found.growth > 0
     ax.set(xscale="log", yscale="log", xlim=(steps.min() / 1.5, steps.max() * 1.5))
-    ax.axhline(1.0, color=ARROW, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
-    ax.plot(steps, errors, color=OUTLINE, linewidth=0.6, zorder=1.5)
+    ax.axhline(1.0, color=colors.ink, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
+    ax.plot(steps, errors, color=colors.outline, linewidth=0.6, zorder=1.5)
     for chosen, fill, edge, name in (
-        (~chaotic, GOOD, GOOD, "error"),
-        (chaotic, PAPER, BAD, "error, chaotic so far"),
+        (~chaotic, colors.good, colors.good, "error"),
+        (chaotic, colors.paper, colors.bad, "error, chaotic so far"),
     ):
         if chosen.any():
             _points(ax, steps[chosen], errors[chosen], "o", fill, edge, name)
@@ -142,14 +141,14 @@ def unrolled(found: Unrolled, ax: Axes | None = None, *, title: str | None = Non
     ax.plot(
         steps,
         forces,
-        color=OUTLINE,
+        color=colors.outline,
         linewidth=0.8,
         linestyle=":",
         label="largest force",
         zorder=1.4,
     )
     ax.set_xlabel("steps of the minimizer", fontsize=FONT)
-    ax.set_ylabel("relative error, force", fontsize=FONT)
+    ax.set_ylabel("relative error (no unit), force (energy/length)", fontsize=FONT)
     _finish(ax, title_with_status(title, found.status), legend=True)
     return ax
 
@@ -163,12 +162,12 @@ def _points(
     ax.plot(x, y, linestyle="none", markersize=MARKER, label=name, zorder=2, **look)
 
 
-def _mark_contact_change(ax: Axes, radius: float) -> None:
+def _mark_contact_change(ax: Axes, radius: float, colors: Inks) -> None:
     """Draw a dashed vertical line at the step of central differences where a contact first changes.
 
     The name of the line is above the frame of the figure, where it hides no point.
     """
-    ax.axvline(radius, color=ARROW, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
+    ax.axvline(radius, color=colors.ink, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.2)
     low, high = np.log(ax.get_xlim())
     place = (np.log(radius) - low) / (high - low)  # from 0 at the left end of the axis to 1
     # near an end of the axis the name runs toward the middle, so that it stays in the figure
@@ -187,7 +186,7 @@ def _mark_contact_change(ax: Axes, radius: float) -> None:
         ha=alignment,
         va="bottom",
         fontsize=FONT,
-        color=ARROW,
+        color=colors.ink,
     )
 
 
@@ -229,6 +228,7 @@ def stiffness_spectrum(
 
     rising, ratios, null = _read_spectrum(given, participation, null)
     ax = _column() if ax is None else ax
+    colors = inks(ax)
     size = np.abs(rising)
     mode = np.arange(1, rising.size + 1)
     zero = size <= null
@@ -242,10 +242,10 @@ def stiffness_spectrum(
     dot = MARKER if rising.size <= MANY else CROWDED
     look: dict[str, Any] = {"markersize": dot, "linestyle": "none"}
     if zero.any():
-        ax.axhspan(bottom, low, color=OUTLINE, alpha=0.12, linewidth=0, zorder=1)
+        ax.axhspan(bottom, low, color=colors.outline, alpha=0.12, linewidth=0, zorder=1)
         hollow = {
-            "markerfacecolor": PAPER,
-            "markeredgecolor": OUTLINE,
+            "markerfacecolor": colors.paper,
+            "markeredgecolor": colors.outline,
             "markeredgewidth": 0.2 * dot,
         }
         heights = np.full(zero.sum(), middle_of_band)
@@ -253,13 +253,13 @@ def stiffness_spectrum(
     if negative.any():
         name = rf"{negative.sum()} negative, at $|\lambda|$"
         larger = {**look, "markersize": dot + 1}
-        ax.plot(mode[negative], size[negative], "v", color=BAD, label=name, **larger)
+        ax.plot(mode[negative], size[negative], "v", color=colors.bad, label=name, **larger)
     if stiff.any():
         if ratios is None:
             name = f"{stiff.sum()} stable"
-            ax.plot(mode[stiff], size[stiff], "o", color=GOOD, label=name, **look)
+            ax.plot(mode[stiff], size[stiff], "o", color=colors.good, label=name, **look)
         else:
-            _draw_by_participation(ax, mode[stiff], size[stiff], ratios[stiff], dot)
+            _draw_by_participation(ax, mode[stiff], size[stiff], ratios[stiff], dot, colors)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("mode", fontsize=FONT)
     ax.set_ylabel(r"stiffness $\lambda$ (energy/length$^2$)", fontsize=FONT)
@@ -380,7 +380,7 @@ def _set_ticks(ax: Axes, low: float, top: float, zero: float | None) -> None:
 
 
 def _draw_by_participation(
-    ax: Axes, mode: np.ndarray, size: np.ndarray, ratios: np.ndarray, dot: float
+    ax: Axes, mode: np.ndarray, size: np.ndarray, ratios: np.ndarray, dot: float, colors: Inks
 ) -> None:
     """Draw the stiffness of modes as points colored by participation ratio, with a color bar.
 
@@ -390,9 +390,15 @@ def _draw_by_participation(
       size: (k,) their stiffness, the vertical axis.
       ratios: (k,) their participation ratios, from 0 to 1.
       dot: size of the points.
+      colors: the colors of the figure.
     """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    # the darkest part of the color map cannot be told from a dark background
+    shades = ListedColormap(colormaps[MODES](np.linspace(0.3 if colors.dark else 0.0, 1.0, 256)))
     dots = ax.scatter(
-        mode, size, s=dot**2, c=ratios, cmap=MODES, vmin=0.0, vmax=1.0, zorder=2, linewidths=0
+        mode, size, s=dot**2, c=ratios, cmap=shades, vmin=0.0, vmax=1.0, zorder=2, linewidths=0
     )
     figure = ax.get_figure(root=True)
     assert figure is not None

@@ -12,26 +12,25 @@ from mdsens._util.pytree import is_leaf
 from mdsens.mechanics import contacts
 from mdsens.mechanics.status import Status
 from mdsens.model.system import System
-from mdsens.plots._legend import ROW, Foot, legend, rounded
-from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE, PAPER, title_with_status
-from mdsens.plots._view import (
-    View,
-    corners,
-    extent,
-    image_shifts,
-    images,
-    in_slab,
-    layers,
-    project,
+from mdsens.plots._draw import (
+    SHAFT,
+    draw_arrows,
+    draw_circles,
+    draw_frame,
+    draw_rings,
+    drawn_diameters,
+    new_axes,
+    read_indices,
 )
+from mdsens.plots._legend import Foot, legend, rounded
+from mdsens.plots._style import FONT, default_inks, inks, title_with_status
+from mdsens.plots._view import View, extent, in_slab, layers, project
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization
 from mdsens.sensitivity.results import Derivative, Displacement
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.quiver import Quiver
     from numpy.typing import ArrayLike
 
     from mdsens.plots._legend import Key
@@ -42,12 +41,13 @@ __all__ = ["sensitivity_map"]
 # blindness.
 SPECIES = ("#a9c8e8", "#f4d6a0", "#b5dcc3", "#e6b8c2", "#c9c2e4", "#dcdcd2")
 DIAMETERS = ("#eef3f7", "#7fa6cc")  # the ends of the color map of many different diameters
+# The same on a dark background, where the arrows are light.
+SPECIES_DARK = ("#2b5078", "#8a6a22", "#2f6b4c", "#7d3a50", "#574b8a", "#66665a")
+DIAMETERS_DARK = ("#16222e", "#4d7ba6")
 REACH = 1.5  # diameters: length of the arrow at the percentile below
 PERCENTILE = 95.0  # some arrows stay longer; scaling by the longest would shrink all others to dots
 SMALLEST = 0.02  # of the picture's width: the arrow at the percentile is at least that long,
 LARGEST = 0.35  # and the longest arrow at most that long
-CROWD = 2000  # circles or arrows; with more of them, outlines are thin and arrows have no edge
-SHAFT = np.array([0.0016, 0.007])  # of the picture's width: bounds of an arrow's thickness
 KEY = 0.08  # of the picture's width: the scale arrow is about that long or longer
 HAZE = 0.75  # how far the rear of a 3-D picture fades into the paper
 
@@ -62,6 +62,7 @@ def sensitivity_map(
     label: str | None = None,
     axis: int = 2,
     slab: tuple[float, float] = (0.0, 1.0),
+    changed: int | Sequence[int] | None = None,
     title: str | None = None,
 ) -> Axes:
     """Draw how each particle of a minimum moves with a parameter: dR_i/dtheta as an arrow on it.
@@ -70,7 +71,8 @@ def sensitivity_map(
     scale in the cell, together with the periodic images that reach into the cell. Colors show the
     species, or the diameters where there are no species. Rattlers are hollow and dashed and carry
     no arrow. A scale arrow with its value is below the cell. For a potential without diameters, the
-    diameter of the circles is the median distance of nearest neighbors.
+    diameter of the circles is the median distance of nearest neighbors. On a dark background, as of
+    matplotlib's style ``dark_background``, the particles are dark and the arrows light.
 
     Args:
       eq: the minimum, from ``minimize`` or ``linearize``; not a batch.
@@ -91,6 +93,8 @@ def sensitivity_map(
         index of the coordinate. The projection is orthographic: the component of an arrow along
         the line of sight is not visible. Particles fade with their distance.
       slab: in 3-D, the part of the depth to draw, in fractions from the rear to the front.
+      changed: index of the particle whose parameter is theta, or several indices: a colored ring is
+        drawn around each. None marks no particle.
       title: title of the figure. The name of a status that is not good is added to it in any case.
 
     Returns:
@@ -101,7 +105,8 @@ def sensitivity_map(
         ``jacobian``), bad options.
     """
     system, vectors, rattlers = _check_input(eq, response, part, scale)
-    diameters = _diameters(system)
+    marked = read_indices(changed, system.n)
+    diameters = drawn_diameters(system)
     view = project(system, axis)
     shown = in_slab(system, view.depth, slab)
     arrows = vectors @ view.across.T
@@ -117,21 +122,22 @@ def sensitivity_map(
     arrows = scale * arrows
     low, high = _make_room(view, low, high, arrows, moving)
     heading = title_with_status(title, _find_status(eq, response))
-    fill, key = _colors(system, diameters)
     if label is None:
         label = _length_label(response, part, typical)
     caption, length = _choose_scale_arrow(label, typical, scale, width)
+    background = inks(ax) if ax is not None else default_inks()
+    fill, key = _colors(system, diameters, background.dark)
     foot = Foot(
-        names=_name_kinds(key, shown & rattlers),
+        names=_name_kinds(key, shown & rattlers, shown & marked),
         bar=0.0 if isinstance(key, list) else 0.44,
         caption=caption,
         length=length / float(high[0] - low[0]),
     )
     if ax is None:
-        ax = _new_axes(low, high, foot, bool(heading))
+        ax = new_axes(low, high, foot, bool(heading))
     if heading:
-        ax.set_title(heading, fontsize=FONT + 1)
-    _draw_frame(ax, view, low, high)
+        ax.set_title(heading, fontsize=FONT + 1, color=background.ink)
+    draw_frame(ax, view, low, high, background)
 
     # from the rear to the front, each layer with its arrows, so that near circles cover far arrows
     slices = layers(view.depth, shown) if system.dimension == 3 else [shown]
@@ -139,11 +145,12 @@ def sensitivity_map(
     quiver = None
     for k, layer in enumerate(slices):
         haze = HAZE * (1.0 - (k + 1) / len(slices)) ** 0.8  # 0 at the front
-        _draw_circles(ax, view, layer & ~rattlers, diameters, fill, haze)
-        _draw_circles(ax, view, layer & rattlers, diameters, None, haze)
+        draw_circles(ax, view, layer & ~rattlers, diameters, fill, haze, background)
+        draw_circles(ax, view, layer & rattlers, diameters, None, haze, background)
+        draw_rings(ax, view, layer & marked, diameters, background)
         if (layer & moving).any() and typical > 0:
-            quiver = _draw_arrows(ax, view, layer & moving, arrows, shaft, haze)
-    legend(ax, foot, key, quiver)
+            quiver = draw_arrows(ax, view, layer & moving, arrows, shaft, haze, background)
+    legend(ax, foot, key, quiver, background)
     return ax
 
 
@@ -235,16 +242,19 @@ def _choose_scale_arrow(
     return "", 0.0
 
 
-def _name_kinds(key: Key, hollow: np.ndarray) -> list[str]:
+def _name_kinds(key: Key, hollow: np.ndarray, marked: np.ndarray) -> list[str]:
     """Name the kinds of particles that the legend shows as circles.
 
     Args:
       key: names and colors of the kinds, or a color map with its range, which has no names.
       hollow: (n,) mask of the rattlers that are drawn, which are a kind of their own.
+      marked: (n,) mask of the particles with a ring, which are another.
     """
     names = [name for name, _ in key] if isinstance(key, list) else []
     if hollow.any():
         names.append("rattler")
+    if marked.any():
+        names.append("changed")
     return names
 
 
@@ -330,186 +340,16 @@ def _find_rattlers(
     return np.asarray(rattlers, bool)
 
 
-def _diameters(system: System) -> np.ndarray:
-    """Return the diameters (n,) with which to draw the particles.
-
-    They are the diameters sigma of the potential. For a potential without diameters, all are the
-    median distance of nearest neighbors.
-    """
-    if system.diameters is not None:
-        return np.asarray(system.diameters, float)
-    from scipy.spatial import KDTree
-
-    distance = 1.0  # of a single particle, which has no neighbor
-    if system.n > 1:
-        positions = np.asarray(system.positions, float)
-        distances, _ = KDTree(positions).query(positions, k=2)  # column 0: to the particle itself
-        distance = float(np.median(distances[:, 1]))
-    return np.full(system.n, distance)
-
-
-def _new_axes(low: np.ndarray, high: np.ndarray, foot: Foot, titled: bool) -> Axes:
-    """Make a figure one column wide, with room for picture, legend and title; return the Axes."""
-    from matplotlib import pyplot
-
-    width, height = high - low
-    # all in inches; the picture is at most 1.6 times as high as wide
-    picture = COLUMN * min(height / width, 1.6)
-    legend_height = (foot.rows(72 * COLUMN)[2] + 0.9) * ROW / 72
-    title_height = 0.25 if titled else 0.0
-    total = picture + legend_height + title_height
-    figure = pyplot.figure(figsize=(COLUMN, total))
-    return figure.add_axes((0.0, legend_height / total, 1.0, picture / total))
-
-
-def _draw_frame(ax: Axes, view: View, low: np.ndarray, high: np.ndarray) -> None:
-    """Set the limits and the equal aspect of the Axes, and draw the outline of the cell."""
-    from matplotlib.patches import Polygon
-
-    if view.cell is not None:
-        outline = Polygon(
-            corners(view.cell),
-            closed=True,
-            fill=False,
-            edgecolor=OUTLINE,
-            linewidth=0.8,
-            zorder=1.8,  # above circles (1.5) and arrows (at most 1.7)
-        )
-        ax.add_patch(outline)
-    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-    ax.set_axis_off()
-
-
-def _faded(colors: Sequence[str] | np.ndarray, haze: float) -> np.ndarray:
-    """Mix k colors (k, 4) with the color of the paper, to show distant particles paler.
-
-    ``haze`` is the fraction of the paper's color, from 0 to 1.
-    """
-    from matplotlib.colors import to_rgb, to_rgba_array
-
-    paper = [*(haze * np.array(to_rgb(PAPER))), 0]  # opacity stays
-    return to_rgba_array(colors) * [1 - haze, 1 - haze, 1 - haze, 1] + paper
-
-
-def _draw_circles(
-    ax: Axes,
-    view: View,
-    chosen: np.ndarray,
-    diameters: np.ndarray,
-    fill: np.ndarray | None,
-    haze: float,
-) -> None:
-    """Draw particles as circles, clipped at the cell; without ``fill``, hollow and dashed.
-
-    Args:
-      ax: the Axes to draw in.
-      view: the projected configuration.
-      chosen: (n,) mask of the particles to draw.
-      diameters: (n,) diameters of the circles.
-      fill: (n, 4) colors of the particles, or None.
-      haze: fraction of the color of the paper in all colors, for distant particles.
-    """
-    from matplotlib.collections import EllipseCollection
-
-    index, places = images(view, chosen, diameters)
-    if index.size == 0:
-        return
-    size = diameters[index]
-    thinner = 0.5 if fill is not None and index.size > CROWD else 1.0
-    circles = EllipseCollection(
-        size,
-        size,
-        np.zeros_like(size),
-        units="xy",
-        offsets=places,
-        transOffset=ax.transData,
-        facecolors=PAPER if fill is None else _faded(fill[index], haze),
-        edgecolors=_faded([OUTLINE], haze),
-        linewidths=thinner * (0.7 if fill is None else 0.5),
-        linestyles=(0, (3, 2)) if fill is None else "solid",
-        zorder=1.5,
-    )
-    ax.add_collection(circles, autolim=False)
-    _clip_at_cell(ax, view, circles)
-
-
-def _draw_arrows(
-    ax: Axes, view: View, chosen: np.ndarray, arrows: np.ndarray, shaft: float, haze: float
-) -> Quiver:
-    """Draw an arrow on each chosen particle, clipped at the cell like the particles' circles.
-
-    An arrow that leaves the cell enters again at the opposite side, as the arrow of an image.
-
-    Args:
-      ax: the Axes to draw in.
-      view: the projected configuration.
-      chosen: mask (n,) of the particles whose arrows to draw.
-      arrows: (n, 2) the arrows as they are drawn, in the positions' unit.
-      shaft: thickness of the arrows, in the positions' unit.
-      haze: fraction of the color of the paper in the arrows' color, for distant particles.
-    """
-    tails = view.spots[chosen]
-    arrows = arrows[chosen]
-    if view.cell is not None:
-        inverse = np.linalg.inv(view.cell)
-        ends = [tails @ inverse.T, (tails + arrows) @ inverse.T]
-        # one cell to each side: by default no arrow is longer than LARGEST of the picture's width
-        shifts = image_shifts(1)
-        inside = [((end + shifts > 0) & (end + shifts < 1)).all(axis=-1) for end in ends]
-        visible = np.any(inside, axis=0)
-        tails = (tails + shifts @ view.cell.T)[visible]
-        arrows = np.broadcast_to(arrows, (len(shifts), *arrows.shape))[visible]
-    quiver = ax.quiver(
-        *tails.T,
-        *arrows.T,
-        angles="xy",
-        scale_units="xy",
-        scale=1.0,
-        units="xy",
-        width=shaft,
-        headwidth=3.2,
-        headlength=4.0,
-        headaxislength=3.6,
-        minshaft=1.6,
-        minlength=0.0,  # else quiver draws short arrows as dots of a fixed size
-        facecolor=_faded([ARROW], haze),
-        edgecolor=PAPER,
-        linewidth=_edge_width(arrows, shaft),
-        # artists of one zorder are drawn in the order of the calls, so that circles of nearer
-        # layers cover these arrows; those of the front layer are above all circles
-        zorder=1.5 if haze else 1.7,
-    )
-    _clip_at_cell(ax, view, quiver)
-    return quiver
-
-
-def _edge_width(arrows: np.ndarray, shaft: float) -> np.ndarray:
-    """Compute the width in points of the white edge that separates crossing arrows.
-
-    Short arrows have a thinner edge or none, because an edge would cover them. Where there are very
-    many arrows, none has an edge, because all are small.
-    """
-    room = np.clip(np.linalg.norm(arrows, axis=1) / (6 * shaft) - 0.2, 0.0, 1.0)
-    return 0.3 * room * (len(arrows) < CROWD)
-
-
-def _clip_at_cell(ax: Axes, view: View, artist: Artist) -> None:
-    """Hide the parts of circles or arrows outside of the cell; without a cell, hide nothing."""
-    from matplotlib.patches import Polygon
-
-    if view.cell is not None:
-        artist.set_clip_path(Polygon(corners(view.cell), closed=True, transform=ax.transData))
-
-
-def _colors(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Key]:
+def _colors(system: System, diameters: np.ndarray, dark: bool) -> tuple[np.ndarray, Key]:
     """Return the colors (n, 4) of the particles, by species or diameter, and their legend.
 
     The legend is a list of names with colors, empty if all particles are alike or if there are too
     many species; or a color map with its range, for more diameters than the palette has colors.
+    ``dark`` chooses the colors for a dark background.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba_array
 
-    palette = to_rgba_array(SPECIES)
+    palette = to_rgba_array(SPECIES_DARK if dark else SPECIES)
     if system.species is not None:
         kinds, kind_of = np.unique(np.asarray(system.species), return_inverse=True)
         names = [f"species {k}" for k in kinds]
@@ -523,6 +363,6 @@ def _colors(system: System, diameters: np.ndarray) -> tuple[np.ndarray, Key]:
         return colors[kind_of], list(zip(names, colors, strict=False))
     if system.species is not None:  # more species than colors: the colors repeat, without a legend
         return colors[kind_of], []
-    shades = LinearSegmentedColormap.from_list("diameter", DIAMETERS)
+    shades = LinearSegmentedColormap.from_list("diameter", DIAMETERS_DARK if dark else DIAMETERS)
     span = Normalize(diameters.min(), diameters.max())
     return shades(span(diameters)), (shades, span)

@@ -11,7 +11,7 @@ from mdsens._util.errors import InputError
 from mdsens.elasticity import Moduli, directional
 from mdsens.mechanics.stability import isotropic_part
 from mdsens.mechanics.strain import basis, to_mandel
-from mdsens.plots._style import ARROW, COLUMN, FONT, OUTLINE
+from mdsens.plots._style import COLUMN, FONT, Inks, inks
 from mdsens.plots.maps import sensitivity_map
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["moduli", "nonaffine_field"]
 
 STEPS = 361  # angles from 0 to 2 pi, both included: one a degree
-YOUNG = "#2f6db3"
-POISSON = "#c8553d"
 
 
 def moduli(
@@ -80,19 +78,28 @@ def moduli(
     curves = [np.asarray(curve) for curve in directional(tensor, directions)]
     mean = isotropic_part(tensor, of.round_off)
     convention = "Birch's tensor" if birch else "tensor $A$"
-    names = (f"Young's modulus $E$, {convention}", rf"Poisson's ratio $\nu$, {convention}")
+    colors = inks(axes[0])
+    names = (
+        r"Young's modulus $E$ (energy/length$^2$)",
+        r"Poisson's ratio $\nu$ (no unit)",
+    )
+    shades = (colors.good, colors.bad)
     for ax, curve, level, color, name in zip(
-        axes, curves, (mean.young, mean.poisson), (YOUNG, POISSON), names, strict=True
+        axes, curves, (mean.young, mean.poisson), shades, names, strict=True
     ):
-        _draw_by_angle(ax, angle, curve, float(level), color)
-        ax.set_title(f"{name}; isotropic part {float(level):.3g}", fontsize=FONT + 1, color=ARROW)
+        _draw_by_angle(ax, angle, curve, float(level), color, colors)
+        ax.set_title(
+            f"{name}\n{convention}; isotropic part {float(level):.3g} (gray)",
+            fontsize=FONT + 1,
+            color=colors.ink,
+        )
     if title:
         axes[0].figure.suptitle(title, fontsize=FONT + 2)
     return axes
 
 
 def _draw_by_angle(
-    ax: PolarAxes, angle: np.ndarray, curve: np.ndarray, level: float, color: str
+    ax: PolarAxes, angle: np.ndarray, curve: np.ndarray, level: float, color: str, colors: Inks
 ) -> None:
     """Draw a modulus or ratio by angle as a polar curve, dashed where it is negative.
 
@@ -102,19 +109,24 @@ def _draw_by_angle(
       curve: (k,) the values at these angles, whose absolute values are drawn.
       level: the value that the isotropic part of the elastic tensor gives, drawn as a gray circle.
       color: color of the curve.
+      colors: the colors of the figure.
     """
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
 
-    ax.plot(angle, np.full(angle.size, abs(level)), color=OUTLINE, linewidth=0.8, zorder=1.5)
+    ax.plot(angle, np.full(angle.size, abs(level)), color=colors.outline, linewidth=0.8, zorder=1.5)
     for sign, dash in ((1.0, "-"), (-1.0, (0, (3, 2)))):
         # NaN breaks the line where the curve has the other sign
         radius = np.where(sign * curve >= 0, np.abs(curve), np.nan)
         ax.plot(angle, radius, color=color, linestyle=dash, linewidth=1.4)
     sizes = np.abs([*curve, level])  # NaN for ratios of moduli that are zero
     ax.set_ylim(0.0, 1.15 * float(np.max(sizes[np.isfinite(sizes)], initial=0.0)) or 1.0)
-    # in degrees: between the lines at 0 and 45 degrees
-    ax.set_rlabel_position(22.5)
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="upper"))
+    # in degrees: between the lines at 0 and 45 degrees, with a rim that parts them from the curve
+    ax.set_rlabel_position(22.5)
+    ax.yaxis.set_zorder(2.5)
+    for name in ax.get_yticklabels():
+        name.set_path_effects([withStroke(linewidth=2.0, foreground=colors.paper)])
     ax.tick_params(labelsize=FONT)
     ax.grid(linewidth=0.4, alpha=0.6)
 

@@ -17,10 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.quiver import Quiver, QuiverKey
 
 import mdsens as ms
-from mdsens.plots import derivative_test, sensitivity_map, stiffness_spectrum
+from mdsens.plots import (
+    derivative_test,
+    histogram,
+    scalar_map,
+    sensitivity_map,
+    stiffness_spectrum,
+)
 from mdsens.sensitivity.results import Displacement, ParameterGradient
 from mdsens.verify import DerivativeTest
 
@@ -541,3 +548,184 @@ def test_the_modes_of_a_certificate_are_drawn_as_they_are():
     )
     with pytest.raises(ms.InputError, match="a Equilibrium: give a Certificate"):
         stiffness_spectrum(eq, axes())
+
+
+# ── on a dark background ──
+
+
+def test_a_dark_background_has_light_arrows_on_dark_particles():
+    eq, r = discs(EDGES, 10.0, [1.0, 0.9, 1.0]), answer(np.ones((3, 2)), [False, True, False])
+    luma = [0.299, 0.587, 0.114]
+    seen = {}
+    for paper in ("white", "black"):
+        ax = sensitivity_map(eq, r, Figure(facecolor=paper).subplots())
+        quiver: Any = next(artist for artist in ax.collections if isinstance(artist, Quiver))
+        full, hollow = circles(ax)[0], circles(ax)[-1]
+        np.testing.assert_allclose(hollow.get_facecolor()[:, :3], [to_rgb(paper)])
+        seen[paper] = (
+            float(np.dot(quiver.get_facecolor()[0][:3], luma)),
+            float(np.dot(full.get_facecolor()[0][:3], luma)),
+        )
+    (arrow, disc), (light_arrow, dark_disc) = seen["white"], seen["black"]
+    assert arrow < 0.2 < 0.6 < disc and dark_disc < 0.5 < 0.8 < light_arrow
+
+
+def test_pyplots_own_style_is_followed(pyplot: Any):
+    with pyplot.style.context("dark_background"):
+        ax = sensitivity_map(discs(EDGES, 10.0, 1.0), answer(np.ones((3, 2))), title="a packing")
+        curve = derivative_test(vee())
+    assert min(to_rgb(ax.title.get_color())) > 0.8
+    (name,) = [text for text in curve.texts if text.get_text() == "first contact change"]
+    assert min(to_rgb(name.get_color())) > 0.8
+
+
+# ── what was changed, and the edge of the cell ──
+
+
+def rings(ax: Axes) -> list[Any]:
+    return [group for group in circles(ax) if len(group.get_facecolor()) == 0]
+
+
+@pytest.mark.parametrize(("changed", "count"), [(0, 1), ([0, 1], 3), (np.int64(2), 4)])
+def test_changed_particles_have_a_ring_with_their_images(changed: Any, count: int):
+    eq, r = discs(EDGES, 10.0, 1.0), answer(np.ones((3, 2)))
+    ax = sensitivity_map(eq, r, axes(), changed=changed)
+    (ring,) = rings(ax)
+    assert len(np.asarray(ring.get_offsets())) == count and texts(ax) == ["changed"]
+    assert not rings(sensitivity_map(eq, r, axes()))
+
+
+@pytest.mark.parametrize("changed", [3, -1, 0.5, [[0, 1]], "0"])
+def test_an_index_of_no_particle_is_refused(changed: Any):
+    with pytest.raises(ms.InputError, match="index of a particle from 0 to 2"):
+        sensitivity_map(discs(EDGES, 10.0, 1.0), answer(np.ones((3, 2))), axes(), changed=changed)
+
+
+def test_an_arrow_across_a_corner_is_drawn_in_the_cell_that_it_crosses():
+    # it leaves upwards, and comes in from the left only above the cell
+    eq = discs([[9.9, 9.7], [5.0, 5.0]], 10.0, 1.0)
+    tails, drawn = arrows(sensitivity_map(eq, answer([[1.0, 1.0], [0.0, 0.1]]), axes(), scale=1.0))
+    across = tails[drawn[:, 0] == 1.0].round(4)
+    expected = [(-0.1, -0.3), (-0.1, 9.7), (9.9, -0.3), (9.9, 9.7)]
+    np.testing.assert_allclose(sorted(map(tuple, across)), expected, rtol=1e-5)
+
+
+def test_a_layout_leaves_room_for_the_row_of_the_scale_arrow():
+    figure = Figure(figsize=(3.0, 3.0), layout="constrained")
+    eq = discs(EDGES, 10.0, 1.0, np.array([0, 1, 2]))
+    ax = sensitivity_map(eq, answer(np.ones((3, 2))), figure.subplots())
+    figure.savefig(io.BytesIO(), dpi=100)
+    key = scale_arrow(ax)
+    assert key.text.get_window_extent().y0 > 0
+
+
+# ── one number for each particle ──
+
+
+def colorbar(ax: Axes) -> Any:
+    return ax.child_axes[0]
+
+
+def test_colors_are_the_values_and_white_is_zero(pyplot: Any):
+    eq = discs(EDGES, 10.0, 1.0)
+    ax = axes()
+    assert scalar_map(eq, [0.0, -2.0, 1.0], ax, label="$dG$", changed=1, title="shear") is ax
+    full, ring = circles(ax)
+    at = np.asarray(full.get_offsets()).round(4).tolist()
+    fills = np.asarray(full.get_facecolor())[:, :3]
+    middle, negative, positive = (fills[at.index(spot)] for spot in EDGES)
+    assert middle.min() > 0.95 and np.ptp(middle) < 0.02
+    assert negative[2] > 2 * negative[0] and positive[0] > positive[2]
+    assert len(np.asarray(ring.get_offsets())) == 2 and texts(ax) == ["changed"]
+    bar = colorbar(ax)
+    assert bar.get_ylabel() == "$dG$" and bar.get_ylim() == (-2.0, 2.0)
+    assert ax.get_title() == "shear" and pyplot.get_fignums() == []
+    assert isinstance(scalar_map(eq, [0.0, -2.0, 1.0]), Axes)
+    assert len(pyplot.get_fignums()) == 1
+
+
+def test_a_limit_is_the_end_of_the_color_map_and_nan_is_hollow():
+    eq = discs([[3.0, 3.0], [6.0, 6.0], [3.0, 6.0]], 10.0, 1.0)
+    ax = scalar_map(eq, [np.nan, 5.0, 1.0], axes(), limit=1.0)
+    full, hollow = circles(ax)
+    fills = np.asarray(full.get_facecolor())
+    np.testing.assert_allclose(fills[0], fills[1])
+    np.testing.assert_allclose(np.asarray(hollow.get_offsets()), [[3.0, 3.0]])
+    assert hollow.get_linestyle()[0][1] is not None
+    nothing = scalar_map(eq, np.zeros(3), axes())
+    assert colorbar(nothing).get_ylim() == (-1.0, 1.0)
+
+
+def test_values_in_three_dimensions_do_not_fade():
+    spots = np.array([[2.0, 3.0, 1.0], [6.0, 7.0, 9.0]])
+    ax = scalar_map(discs(spots, 10.0, 1.0), [1.0, 1.0], axes())
+    fills = np.concatenate([np.asarray(group.get_facecolor()) for group in circles(ax)])
+    assert len(np.unique(fills, axis=0)) == 1
+    thin = scalar_map(discs(spots, 10.0, 1.0), [1.0, 1.0], axes(), slab=(0.5, 1.0))
+    np.testing.assert_allclose(centers(thin), [[6.0, 7.0]])
+
+
+def test_bad_values_are_refused_and_leave_no_figure(pyplot: Any):
+    eq = discs(EDGES, 10.0, 1.0)
+    batch = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 2), eq)
+    good = np.ones(3)
+    refused: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (batch, good, {}, "batch of 2"),
+        (eq.system, good, {}, "`eq` is a System"),
+        (eq, np.ones((3, 2)), {}, r"shape \(3, 2\)"),
+        (eq, {"sigma": good}, {}, "is a dict"),
+        (eq, [1.0, np.inf, 0.0], {}, "1 infinite"),
+        (eq, good, {"limit": -1.0}, "`limit` is -1.0"),
+        (eq, good, {"changed": 7}, "`changed` is 7"),
+        (eq, good, {"slab": (0.0, 0.5)}, "`slab` is for 3-D"),
+    ]
+    for at, given, options, says in refused:
+        with pytest.raises(ms.InputError, match=says):
+            scalar_map(at, given, **options)
+    assert pyplot.get_fignums() == []
+
+
+def test_a_histogram_counts_and_names_the_mean_with_its_error(pyplot: Any):
+    values = np.random.default_rng(0).normal(0.5, 1.0, (20, 20))
+    values[0, 0] = np.nan
+    ax = axes()
+    assert histogram(values, ax, label="slope", title="of all") is ax
+    bars = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    kept = values[np.isfinite(values)]
+    mean, error = kept.mean(), kept.std(ddof=1) / np.sqrt(399)
+    band, counts = bars[-1], [bar.get_height() for bar in bars[:-1]]
+    assert sum(counts) == 399 and len(counts) == 20
+    assert band.get_x() == pytest.approx(mean - error)
+    assert band.get_width() == pytest.approx(2 * error)
+    assert texts(ax) == [f"mean {mean:.3f} ± {error:.3f}, 399 values, 1 NaN"]
+    lines = sorted(float(np.asarray(line.get_xdata())[0]) for line in ax.lines)
+    assert lines == [0.0, pytest.approx(mean)]
+    assert ax.get_xlabel() == "slope" and ax.get_title() == "of all"
+    assert pyplot.get_fignums() == []
+    assert isinstance(histogram(values), Axes) and len(pyplot.get_fignums()) == 1
+
+
+def test_a_mean_is_written_to_the_digits_of_its_error():
+    def name(values: Any) -> str:
+        return texts(histogram(values, axes(), bins=3))[0]
+
+    assert name([2.0]) == "mean 2, 1 value"
+    assert name([2.0, 2.0]) == "mean 2 ± 0, 2 values"
+    assert name([90.0, 110.0, 130.0]) == "mean 110 ± 12, 3 values"
+    assert name([1e-7, 3e-7]) == r"mean (2.0 ± 1.0) $\times10^{-7}$, 2 values"
+
+
+@pytest.mark.parametrize(
+    ("values", "bins", "says"),
+    [
+        ([], None, "no number"),
+        ([np.nan], None, "no number"),
+        ([np.inf, 1.0], None, "infinite"),
+        ("few", None, "is a str"),
+        ([1.0, 2.0], 0, "`bins` is 0"),
+    ],
+)
+def test_bad_histograms_are_refused(values: Any, bins: Any, says: str, pyplot: Any):
+    with pytest.raises(ms.InputError, match=says):
+        histogram(values, bins=bins)
+    assert pyplot.get_fignums() == []
