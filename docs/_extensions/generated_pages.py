@@ -101,7 +101,11 @@ def object_page(path: str, value: Any) -> str:
     elif inspect.isroutine(value) or callable(value):
         kind, options = "function", ""
     else:
-        kind, options = "data", "   :no-value:\n"
+        # of a dict the keys, such as the names of features; a number as it is
+        shown = (
+            ", ".join(f"``{key}``" for key in value) if isinstance(value, dict) else f"{value!r}"
+        )
+        return f"{path}\n{'=' * len(path)}\n\n.. py:data:: {path}\n\n   {shown}\n"
     return f"{path}\n{'=' * len(path)}\n\n.. auto{kind}:: {path}\n{options}"
 
 
@@ -115,8 +119,25 @@ def fields_in(docstring: str) -> list[str]:
 def as_plain_text(
     _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]
 ) -> None:
-    """Protect the characters of formulas in a docstring, as in |x*|, from their use as markup."""
-    lines[:] = [line if re.match(r" *(>>>|\.\.\.)", line) else escaped(line) for line in lines]
+    """Show the formulas of a docstring as they are, and protect their characters in its text.
+
+    Lines that are indented by four are formulas or code. In the text, the characters in |x*| would
+    be taken for markup.
+    """
+    plain: list[str] = []
+    literal = False
+    margin = 0
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        starts = indent >= 4 and margin == 0 and bool(plain) and not plain[-1]
+        if starts and not literal:
+            plain += ["::", ""]
+        if line.strip():
+            literal = starts or (literal and indent >= 4)
+            margin = 0 if literal else indent
+        code = literal or line.lstrip().startswith((">>>", "..."))
+        plain.append(line if code else escaped(line))
+    lines[:] = plain
 
 
 def escaped(line: str) -> str:

@@ -486,7 +486,7 @@ class PairPotential(Portable, NamedPotential):
         The package's tests examine these pair energies, so that they are not checked again.
         """
         phi = getattr(self.phi, "phi", self.phi)  # the phi inside of a `switched`
-        return getattr(phi, "__module__", "").startswith("mdsens.")
+        return (getattr(phi, "__module__", None) or "").startswith("mdsens.")
 
     def _check_end(self, params: Params) -> None:
         """Raise InputError if phi is not zero at its cutoff, or breakpoints are no tuple.

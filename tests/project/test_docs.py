@@ -37,7 +37,7 @@ def test_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
-    names: dict = {}
+    names: dict = {"__name__": "page"}
     for block in re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         # the line numbers of the page, for the traceback of an example that fails
         lines = "\n" * text.count("\n", 0, block.start(1))
