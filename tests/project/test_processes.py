@@ -211,7 +211,9 @@ def test_errors_keep_what_they_carry():
         error = kind("what and why", ms.Status.FLOPPY, discs())
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is kind
-        assert (str(again), again.status) == ("what and why", ms.Status.FLOPPY)
+        # the message ends with where more is said, once
+        message = "what and why ms.explain('FLOPPY') tells more."
+        assert (str(error), str(again), again.status) == (message, message, ms.Status.FLOPPY)
         assert bits(again.result) == bits(error.result)
 
 
