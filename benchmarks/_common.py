@@ -104,17 +104,26 @@ def timed(run: Callable[[], Any], runs: int) -> dict[str, Any]:
 def one_core() -> Iterator[None]:
     """Hold this process, and those that it starts, on one core, where the system can.
 
-    It is for the beginning of a benchmark: jax counts the cores at its first computation.
+    It is for the beginning of a benchmark: jax counts the cores at its first computation. The
+    threads that are there already, such as those of numpy's BLAS, are held as well.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
+    _hold_threads({min(cores)})
     try:
         yield
     finally:
-        os.sched_setaffinity(0, cores)
+        _hold_threads(cores)
+
+
+def _hold_threads(cores: set[int]) -> None:
+    """Set the cores on which each thread of this process may run."""
+    threads = Path("/proc/self/task")
+    for thread in threads.iterdir() if threads.is_dir() else [Path("0")]:
+        with contextlib.suppress(ProcessLookupError):  # a thread that has ended
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def peak_memory() -> float:

@@ -175,16 +175,15 @@ def statuses() -> str:
         " raised.\n",
         "| status | kind | in short |\n| --- | --- | --- |",
     ]
-    kinds = ("success", "success", "warning", "failure")
     for status in sorted(EXPLANATIONS, key=lambda s: (s.severity, s)):
         short = status.sentence.split(";")[0].split(":")[0]
         anchor = status.name.lower()
-        parts.append(f"| [{status.name}](#{anchor}) | {kinds[status.severity]} | {short} |")
+        parts.append(f"| [{status.name}](#{anchor}) | {EXPLANATIONS[status].kind} | {short} |")
     for status in sorted(EXPLANATIONS):
         page = EXPLANATIONS[status]
         parts += [
             f"\n({status.name.lower()})=\n## {status.name}\n",
-            f"*{kinds[status.severity]}, code {int(status)}; from {page.origin}*\n",
+            f"*{page.kind}, code {int(status)}; from {page.origin}*\n",
             f"> {status.sentence}.\n",
             f"{page.cause}\n",
             "\n".join(f"- {remedy}" for remedy in page.remedies),

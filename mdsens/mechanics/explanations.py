@@ -34,9 +34,15 @@ class Explanation:
     cause: str
     remedies: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """How far the result can be used: "success", "warning" or "failure"."""
+        if self.status.warning:
+            return "warning"
+        return "success" if self.status.good else "failure"
+
     def __str__(self) -> str:
-        kind = {0: "success", 1: "success", 2: "warning", 3: "failure"}[int(self.status.severity)]
-        lines = [f"{self.status.name} ({kind}, code {int(self.status)})", ""]
+        lines = [f"{self.status.name} ({self.kind}, code {int(self.status)})", ""]
         lines += textwrap.wrap(f"{self.status.sentence}.", WIDTH)
         lines += ["", *textwrap.wrap(f"From: {self.origin}.", WIDTH, subsequent_indent="  ")]
         lines += ["", *textwrap.wrap(self.cause, WIDTH)]

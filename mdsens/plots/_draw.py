@@ -16,6 +16,7 @@ from mdsens.plots._view import View, corners, image_shifts, images
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.collections import EllipseCollection
     from matplotlib.quiver import Quiver
 
 __all__ = [
@@ -126,28 +127,15 @@ def draw_circles(
       haze: fraction of the color of the paper in all colors, for distant particles.
       colors: the colors of the figure.
     """
-    from matplotlib.collections import EllipseCollection
-
-    index, places = images(view, chosen, diameters)
-    if index.size == 0:
-        return
-    size = diameters[index]
+    index, circles = _circles(ax, view, chosen, diameters)
     thinner = 0.5 if fill is not None and index.size > CROWD else 1.0
-    circles = EllipseCollection(
-        size,
-        size,
-        np.zeros_like(size),
-        units="xy",
-        offsets=places,
-        transOffset=ax.transData,
+    circles.set(
         facecolors=colors.paper if fill is None else faded(fill[index], haze, colors.paper),
         edgecolors=faded([colors.outline], haze, colors.paper),
         linewidths=thinner * (0.7 if fill is None else 0.5),
         linestyles=(0, (3, 2)) if fill is None else "solid",
         zorder=1.5,
     )
-    ax.add_collection(circles, autolim=False)
-    clip_at_cell(ax, view, circles)
 
 
 def draw_rings(
@@ -162,26 +150,33 @@ def draw_rings(
       diameters: (n,) diameters of the circles.
       colors: the colors of the figure.
     """
-    from matplotlib.collections import EllipseCollection
-
-    index, places = images(view, chosen, diameters)
-    if index.size == 0:
-        return
-    size = diameters[index]
-    rings = EllipseCollection(
-        size,
-        size,
-        np.zeros_like(size),
-        units="xy",
-        offsets=places,
-        transOffset=ax.transData,
+    _, rings = _circles(ax, view, chosen, diameters)
+    rings.set(
         facecolors="none",
         edgecolors=colors.bad,
         linewidths=RING,
         zorder=1.6,  # above the circles, below the arrows of the front
     )
-    ax.add_collection(rings, autolim=False)
-    clip_at_cell(ax, view, rings)
+
+
+def _circles(
+    ax: Axes, view: View, chosen: np.ndarray, diameters: np.ndarray
+) -> tuple[np.ndarray, EllipseCollection]:
+    """Add circles at the chosen particles and their images, clipped at the cell.
+
+    Returns:
+      (the particle of each circle, the circles, whose colors and lines the caller sets).
+    """
+    from matplotlib.collections import EllipseCollection
+
+    index, places = images(view, chosen, diameters)
+    size = diameters[index]
+    circles = EllipseCollection(
+        size, size, np.zeros_like(size), units="xy", offsets=places, transOffset=ax.transData
+    )
+    ax.add_collection(circles, autolim=False)
+    clip_at_cell(ax, view, circles)
+    return index, circles
 
 
 def draw_arrows(

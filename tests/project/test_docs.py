@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 import mdsens as ms
+from mdsens.implicit import Result
 from mdsens.mechanics.explanations import EXPLANATIONS
 
 DOCS = ROOT / "docs"
@@ -44,6 +45,15 @@ def test_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.
         exec(compile(lines + block[1], str(page), "exec"), names)
 
 
+def test_only_what_needs_a_gpu_is_shown_without_being_run():
+    hidden = []
+    for page in DOCS.glob("*/*.md"):
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        hidden += [page.stem for block in blocks if re.search(r"^ *print\(", block, re.MULTILINE)]
+    assert set(hidden) <= {"gpu"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name: str):
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
@@ -52,11 +62,27 @@ def test_examples_in_docstrings_run(name: str):
 
 def test_every_status_is_explained():
     assert set(EXPLANATIONS) == set(ms.Status)
+    # an error of a linear solve names its status, too
+    assert set(Result.__members__) <= set(ms.Status.__members__)
     for status in ms.Status:
         page = ms.explain(status.name)
         assert page.status is status and page is ms.explain(int(status))
         # every failure and warning says what to do about it
         assert page.remedies or status.severity < 2, status.name
+
+
+def test_what_has_a_status_is_explained_and_what_has_none_is_refused():
+    error = ms.ConvergenceError("stopped", ms.Status.FLOPPY)
+    assert ms.explain(error).status is ms.Status.FLOPPY
+    assert "ms.explain('FLOPPY')" in str(error)
+    eq = ms.minimize(ms.load_system("dimer"), progress=False)
+    assert ms.explain(eq).status is ms.Status.CONVERGED
+    assert "FLOPPY (failure, code 18)" in str(ms.explain("floppy"))
+    with pytest.raises(ms.InputError, match="did you mean 'FLOPPY'"):
+        ms.explain("FLOPY")
+    for nothing in (1.5, [], None):
+        with pytest.raises(ms.InputError, match="has no status"):
+            ms.explain(nothing)
 
 
 def test_every_public_name_is_explained():
