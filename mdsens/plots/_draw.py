@@ -174,8 +174,9 @@ def _circles(
     circles = EllipseCollection(
         size, size, np.zeros_like(size), units="xy", offsets=places, transOffset=ax.transData
     )
-    ax.add_collection(circles, autolim=False)
-    clip_at_cell(ax, view, circles)
+    if index.size:  # an empty collection would only be one more artist
+        ax.add_collection(circles, autolim=False)
+        clip_at_cell(ax, view, circles)
     return index, circles
 
 

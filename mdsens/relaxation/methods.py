@@ -149,8 +149,9 @@ class Fire:
 
         def step(state: FireState) -> FireState:
             moved = apply(minimizers.FireDescentState(**state.inner))
-            size = jnp.sqrt(jnp.sum(moved.force**2, axis=-1, keepdims=True))
-            free = size < 0.5 * (1.0 + DEEP) * state.unit * limits.strongest
+            # squares spare a root for each particle in each step
+            squared = jnp.sum(moved.force**2, axis=-1, keepdims=True)
+            free = squared < (0.5 * (1.0 + DEEP) * state.unit * limits.strongest) ** 2
             momentum = jnp.where(free, moved.momentum, 0.0)
             return FireState({**vars(moved), "momentum": momentum}, state.unit)
 
