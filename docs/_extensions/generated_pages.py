@@ -6,6 +6,7 @@ They are written before Sphinx reads its sources, into ``docs/reference/``, wher
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import os
 import re
@@ -18,10 +19,13 @@ from docutils import nodes
 from public_names import canonical_paths, namespaces, path_of
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.util import logging
 
 import mdsens as ms
 from mdsens.cli.arguments import parser as command_line
 from mdsens.mechanics.explanations import EXPLANATIONS
+
+logger = logging.getLogger(__name__)
 
 # Width of the help of the commands, in characters.
 WIDTH = 100
@@ -33,6 +37,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     # before napoleon, which makes fields of the sections
     app.connect("autodoc-process-docstring", as_plain_text, priority=100)
     app.connect("missing-reference", link_to_public_name)
+    app.connect("build-finished", find_missing_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -208,6 +213,52 @@ def command_pages() -> str:
     return "\n".join(parts)
 
 
+def find_missing_pages(app: Sphinx, exception: Exception | None) -> None:
+    """Warn of each name that a public module promises and no page of the built site explains.
+
+    The names are read from the text of the modules, the entries from Sphinx: neither from the list
+    that the pages were made from.
+    """
+    if exception is not None:
+        return
+    entries = set(app.env.get_domain("py").data["objects"])
+    explained = [value_at(entry) for entry in entries if entry.startswith("mdsens.")]
+    missing, waiting = [], ["mdsens"]
+    while waiting:
+        path = waiting.pop()
+        for name in promised(value_at(path)):
+            value = value_at(f"{path}.{name}")
+            if isinstance(value, ModuleType):
+                waiting.append(f"{path}.{name}")
+            elif f"{path}.{name}" not in entries and not any(value is v for v in explained):
+                missing.append(f"{path}.{name}")
+    if missing:
+        logger.warning("public names without a page: %s", ", ".join(sorted(missing)))
+
+
+def promised(module: ModuleType) -> list[str]:
+    """Return the names of ``__all__`` as they stand in a module's file."""
+    names: list[str] = []
+    for node in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if target is None or ast.unparse(target) != "__all__":
+            continue
+        value = node.value
+        if isinstance(value, ast.Attribute):  # += state.__all__
+            names += promised(getattr(module, ast.unparse(value.value)))
+        else:
+            names += ast.literal_eval(value)
+    return names
+
+
+def value_at(path: str) -> Any:
+    """Return what a dotted path that begins with the package leads to, None if to nothing."""
+    value: Any = ms
+    for part in path.split(".")[1:]:
+        value = getattr(value, part, None)
+    return value
+
+
 def link_to_public_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> nodes.Node | None:
     """Resolve a reference to where a name is defined, as in an annotation, to its public page."""
     if node.get("refdomain") != "py":
@@ -222,9 +273,6 @@ def link_to_public_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> node
 
 def _public_path(target: str) -> str | None:
     """Return the path under which a name of the package has its page; None where it has none."""
-    first, *parts = target.split(".")
-    value: Any = ms if first == "mdsens" else None
-    for part in parts:
-        value = getattr(value, part, None)
+    value = value_at(target) if target.startswith("mdsens.") else None
     path = path_of(value, canonical_paths())
     return None if path == target else path
