@@ -41,6 +41,11 @@ nb_execution_mode = "off"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+# what they stand for has six lines
+autodoc_type_aliases = {
+    "ArrayLike": "numpy.typing.ArrayLike",
+    "Bounds": "Mapping[str, tuple[float, float]]",
+}
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 copybutton_exclude = ".linenos, .gp, .go"

@@ -98,10 +98,12 @@ def fit(
         those at which their derivatives were taken. The Jacobian is therefore the median over the
         systems, which a few systems near an instability do not dominate.
       cell: the condition on the cell, as in ``minimize``, such as ``AtStress(stress)`` of
-        ms.relaxation; None for a fixed cell.
-      pressure, shape: a short form of ``cell=AtPressure(pressure, shape)``.
-      tolerance, max_steps: tolerance of the forces and largest number of steps of each relaxation,
-        as in ``minimize``.
+        ms.relaxation; None for a fixed cell. A System does not know under which condition it was
+        relaxed: give the condition here again.
+      pressure: a short form of ``cell=AtPressure(pressure, shape)``.
+      shape: with ``pressure``, whether the shape of the cell relaxes as well as its size.
+      tolerance: the tolerance of the forces in each relaxation, as in ``minimize``.
+      max_steps: the largest number of steps of each relaxation, as in ``minimize``.
       resume: the :class:`State` from which to continue an earlier design of the same targets,
         parameters and method; None begins a new design.
       callback: function that is called with the State after each step. For example,

@@ -191,8 +191,12 @@ class Design(Shown):
         return rows
 
     def table(self) -> str:
-        """Return a text table of the steps of the inverse design, one line for each step."""
-        header = ["step", *self.names, "trust", "crossed", "max_displacement_error", "members", ""]
+        """Return a text table of the steps of the inverse design, one line for each step.
+
+        Beside each feature stands what the linear model at the step before predicted.
+        """
+        header = ["step", *(h for name in self.names for h in (name, "predicted"))]
+        header += ["trust", "crossed", "max_displacement_error", "members", ""]
         rows = []
         for k, step in enumerate(self.history):
             good = int(np.sum(step.status == Status.CONVERGED.value))
@@ -201,8 +205,15 @@ class Design(Shown):
                 notes.append("refused")
             if np.any(step.left_basin):
                 notes.append("left its basin")
-            row = [f"{k}", *(f"{value:.6g}" for value in step.values)]
-            row += [f"{step.trust:.2g}", f"{step.crossed}", f"{step.max_displacement_error:.1g}"]
+            row = [f"{k}"]
+            for value, predicted in zip(step.values, step.predicted, strict=True):
+                row += [f"{value:.6g}", number(predicted) if k else "-"]
+            row += [number(step.trust, 2), f"{step.crossed}", f"{step.max_displacement_error:.2g}"]
             row += [f"{good}/{step.status.size}", ", ".join(notes) or "-"]
             rows.append(row)
         return tables.columns("", header, rows)
+
+
+def number(value: float, digits: int = 6) -> str:
+    """Return a number as text; a dash for NaN, where the start has no such number."""
+    return "-" if np.isnan(value) else f"{value:.{digits}g}"

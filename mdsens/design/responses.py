@@ -115,19 +115,22 @@ class FeatureResponse(Shown):
 
     def _rows(self) -> list[tuple[str, str]]:
         m, p = self.jacobian.shape
-        verdict = "fully independent" if self.independent else f"not independent: rank {self.rank}"
+        verdict = (
+            ": fully independent" if self.independent else f": not independent: rank {self.rank}"
+        )
+        if m == 1:
+            verdict = ""
         s = self.singular_values
         rows = [
             ("status", f"{self.status.name}: {self.status.sentence}"),
-            ("features", f"{m} by {p} variables: {verdict}"),
+            ("features", f"{m} by {p} variables{verdict}"),
             ("singular values", f"{s.max(initial=0.0):.4g} to {s.min(initial=np.inf):.4g}"),
         ]
         for k, name in enumerate(self.names):
             share = self.susceptibility[k] / self.free[k] if self.free[k] > 0 else 0.0
-            text = (
-                f"{self.values[k]:.6g}; susceptibility {self.susceptibility[k]:.4g} with the others"
-                f" held, {share:.2f} of what it is alone"
-            )
+            text = f"{self.values[k]:.6g}; susceptibility {self.susceptibility[k]:.4g}"
+            if m > 1:
+                text += f" with the others held, {share:.2f} of what it is alone"
             rows.append((name, text))
         return rows
 
@@ -196,7 +199,8 @@ def feature_response(
       features: a sequence of m features, or a dict of names and features. A feature is a name in
         ``ms.design.FEATURES``, a function of a System, or ``Elastic(f)`` with a function f of the
         elastic moduli.
-      eq: a minimum, from ``minimize`` or ``linearize``.
+      eq: a minimum, from ``minimize`` or ``linearize``. In a relaxed cell the derivatives are those
+        under the condition of its relaxation, such as a constant pressure.
       wrt: the parameters by which to differentiate, in the form of the argument ``free`` of
         ``ms.design.fit``; for positive parameters the derivatives are by the logarithms.
       scales: (m,) the unit of each feature; None takes the absolute value of the feature (1 where

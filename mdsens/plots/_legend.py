@@ -14,12 +14,28 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.quiver import Quiver
 
-    # names and colors of the kinds of circles, or a color map with its range
-    Key = list[tuple[str, np.ndarray]] | tuple[Colormap, Normalize]
+    # names and colors of the kinds of circles, or the color bar of a quantity
+    Key = list[tuple[str, np.ndarray]] | "Bar"
 
-__all__ = ["ROW", "Foot", "legend", "rounded"]
+__all__ = ["ROW", "Bar", "Foot", "legend", "rounded"]
 
 ROW = 12.0  # points from one row of the legend to the next
+
+
+class Bar(NamedTuple):
+    """A color map with its range, which the legend shows as a bar between two numbers.
+
+    Attributes:
+      shades: the color map.
+      span: the range.
+      name: symbol of the quantity, written before the lower number.
+      unit: written after both numbers; empty for none.
+    """
+
+    shades: Colormap
+    span: Normalize
+    name: str
+    unit: str = ""
 
 
 class Foot(NamedTuple):
@@ -69,7 +85,7 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None, colors: Inks) 
     Args:
       ax: the Axes with the picture and its final limits.
       foot: the contents of the legend.
-      key: the kinds of particles with their colors; or a color map and its range, for a color bar.
+      key: the kinds of particles with their colors; or a quantity, for a color bar.
       quiver: the arrows of the picture, whose scale the scale arrow shows; None without arrows.
       colors: the colors of the figure.
     """
@@ -85,15 +101,15 @@ def legend(ax: Axes, foot: Foot, key: Key, quiver: Quiver | None, colors: Inks) 
         kinds = key
     else:
         kinds = []
-        shades, span = key
+        span = key.span
         # with its numbers on both sides, the bar fills the 0.44 that sensitivity_map gives Foot.bar
         bar = ax.inset_axes((0.12, -1.15 * row, 0.22, 0.6 * row))
-        bar.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=shades)
+        bar.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap=key.shades)
         bar.set(xticks=[], yticks=[])
         bar.spines[:].set(color=colors.outline, linewidth=0.5)
         for x, side, text in (
-            (-0.08, "right", rf"$\sigma$ {span.vmin:.2g}"),
-            (1.08, "left", f"{span.vmax:.2g}"),
+            (-0.08, "right", f"{key.name} {span.vmin:.2g}{key.unit}"),
+            (1.08, "left", f"{span.vmax:.2g}{key.unit}"),
         ):
             look: dict[str, Any] = {"ha": side, "va": "center", "fontsize": FONT}
             bar.text(x, 0.4, text, transform=bar.transAxes, color=colors.ink, **look)

@@ -10,10 +10,11 @@ from mdsens.mechanics.status import Status
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLUMN", "FONT", "Inks", "default_inks", "inks", "title_with_status"]
+__all__ = ["COLUMN", "DIVERGING", "FONT", "Inks", "default_inks", "inks", "title_with_status"]
 
 FONT = 8  # points
 COLUMN = 3.4  # inches: the width of a figure of one column
+DIVERGING = "RdBu_r"  # blue below zero, red above: apart under every common color blindness
 
 
 class Inks(NamedTuple):

@@ -11,8 +11,9 @@ from mdsens._util.errors import InputError
 from mdsens._util.lattice import nearest_image
 from mdsens.design import Design, FeatureResponse
 from mdsens.mechanics.status import Status
+from mdsens.plots._draw import drawn_diameters
 from mdsens.plots._style import COLUMN, FONT, inks, title_with_status
-from mdsens.plots.maps import sensitivity_map
+from mdsens.plots.maps import Shade, draw_map, sensitivity_map
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.derivatives import Linearization
 
@@ -34,6 +35,7 @@ NAMES = {
     "pressure": "pressure\n(energy/volume)",
     "smallest_stiffness": "smallest stiffness\n(energy/length$^2$)",
 }
+SAME = 1e-9  # relative: diameters that differ by less are equal
 FEW = 8  # as many parameters are drawn one by one; more are drawn as their quantiles
 # colors of the parameters, FEW of them
 SHADES = ("#2f6db3", "#c8553d", "#3d8f5f", "#8d6bb8", "#b8860b", "#4a4a4a", "#d17aa5", "#6aa6a6")
@@ -229,7 +231,9 @@ def before_after(
     """Draw two configurations of the same particles side by side, with the displacements as arrows.
 
     The arrows are in the second picture. The median displacement is subtracted, so that a
-    translation of all particles does not show.
+    translation of all particles does not show. Where diameters differ, the colors of the second
+    picture are their relative changes, blue for particles that became smaller and red for those
+    that grew.
 
     Args:
       first, second: minima of the same particles, such as the start of a design and one of its
@@ -273,7 +277,11 @@ def before_after(
     moved = np.asarray(nearest_image(displacement, after.system.box, after.system.periodic))
     moved = moved - np.median(moved, axis=0)
     sensitivity_map(first, np.zeros_like(moved), axes[0], title="before")
-    sensitivity_map(second, moved, axes[1], scale=scale, label=r"$|\Delta R|$", title="after")
+    grown = drawn_diameters(after.system) / drawn_diameters(before.system) - 1.0
+    # without diameters, the circles of a picture are as large as its particles are apart
+    same = after.system.diameters is None or np.abs(grown).max() < SAME
+    shade = None if same else Shade(100.0 * grown, r"$\Delta\sigma$", " %")
+    draw_map(second, moved, axes[1], scale=scale, label=r"$|\Delta R|$", title="after", shade=shade)
     return axes
 
 

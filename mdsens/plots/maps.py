@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,8 @@ from mdsens.plots._draw import (
     new_axes,
     read_indices,
 )
-from mdsens.plots._legend import Foot, legend, rounded
-from mdsens.plots._style import FONT, default_inks, inks, title_with_status
+from mdsens.plots._legend import Bar, Foot, legend, rounded
+from mdsens.plots._style import DIVERGING, FONT, default_inks, inks, title_with_status
 from mdsens.plots._view import View, extent, in_slab, layers, project
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization
@@ -44,12 +44,42 @@ DIAMETERS = ("#eef3f7", "#7fa6cc")  # the ends of the color map of many differen
 # The same on a dark background, where the arrows are light.
 SPECIES_DARK = ("#2b5078", "#8a6a22", "#2f6b4c", "#7d3a50", "#574b8a", "#66665a")
 DIAMETERS_DARK = ("#16222e", "#4d7ba6")
+CHANGES_DARK = ("#3f76ad", "#1d2024", "#ad4a3f")  # of a change below zero, none, above zero
 REACH = 1.5  # diameters: length of the arrow at the percentile below
 PERCENTILE = 95.0  # some arrows stay longer; scaling by the longest would shrink all others to dots
 SMALLEST = 0.02  # of the picture's width: the arrow at the percentile is at least that long,
 LARGEST = 0.35  # and the longest arrow at most that long
 KEY = 0.08  # of the picture's width: the scale arrow is about that long or longer
 HAZE = 0.75  # how far the rear of a 3-D picture fades into the paper
+
+
+class Shade(NamedTuple):
+    """A quantity of each particle, drawn as its color: blue below zero, red above.
+
+    Attributes:
+      values: (n,) finite numbers.
+      name: symbol of the quantity in the legend.
+      unit: written after a number.
+    """
+
+    values: np.ndarray
+    name: str
+    unit: str
+
+    def colors(self, dark: bool) -> tuple[np.ndarray, Bar]:
+        """Return the colors (n, 4) of the particles, and the entry of the legend.
+
+        ``dark`` chooses the colors for a dark background.
+        """
+        from matplotlib import colormaps
+        from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+        # without the dark ends of the map, on which an arrow could not be seen
+        pale = colormaps[DIVERGING](np.linspace(0.25, 0.75, 64))
+        shades = LinearSegmentedColormap.from_list("change", CHANGES_DARK if dark else pale)
+        limit = float(np.abs(self.values).max()) or 1.0
+        span = Normalize(-limit, limit)
+        return shades(span(self.values)), Bar(shades, span, self.name, self.unit)
 
 
 def sensitivity_map(
@@ -104,6 +134,38 @@ def sensitivity_map(
       InputError: a batch, a response without one vector for each particle (``vjp``, ``gradient``,
         ``jacobian``), bad options.
     """
+    return draw_map(
+        eq,
+        response,
+        ax,
+        part=part,
+        scale=scale,
+        label=label,
+        axis=axis,
+        slab=slab,
+        changed=changed,
+        title=title,
+    )
+
+
+def draw_map(
+    eq: Equilibrium | Linearization,
+    response: Displacement | ArrayLike,
+    ax: Axes | None,
+    *,
+    part: Literal["nonaffine", "value"] = "nonaffine",
+    scale: float | None = None,
+    label: str | None = None,
+    axis: int = 2,
+    slab: tuple[float, float] = (0.0, 1.0),
+    changed: int | Sequence[int] | None = None,
+    title: str | None = None,
+    shade: Shade | None = None,
+) -> Axes:
+    """Draw a ``sensitivity_map``, whose arguments these are, with colors that show a quantity.
+
+    ``shade`` is the quantity; None colors the particles by species or diameter.
+    """
     system, vectors, rattlers = _check_input(eq, response, part, scale)
     marked = read_indices(changed, system.n)
     diameters = drawn_diameters(system)
@@ -126,7 +188,10 @@ def sensitivity_map(
         label = _length_label(response, part, typical)
     caption, length = _choose_scale_arrow(label, typical, scale, width)
     background = inks(ax) if ax is not None else default_inks()
-    fill, key = _colors(system, diameters, background.dark)
+    if shade is None:
+        fill, key = _colors(system, diameters, background.dark)
+    else:
+        fill, key = shade.colors(background.dark)
     foot = Foot(
         names=_name_kinds(key, shown & rattlers, shown & marked),
         bar=0.0 if isinstance(key, list) else 0.44,
@@ -365,4 +430,4 @@ def _colors(system: System, diameters: np.ndarray, dark: bool) -> tuple[np.ndarr
         return colors[kind_of], []
     shades = LinearSegmentedColormap.from_list("diameter", DIAMETERS_DARK if dark else DIAMETERS)
     span = Normalize(diameters.min(), diameters.max())
-    return shades(span(diameters)), (shades, span)
+    return shades(span(diameters)), Bar(shades, span, r"$\sigma$")

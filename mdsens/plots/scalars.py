@@ -18,7 +18,7 @@ from mdsens.plots._draw import (
     read_indices,
 )
 from mdsens.plots._legend import Foot, legend
-from mdsens.plots._style import COLUMN, FONT, inks, title_with_status
+from mdsens.plots._style import COLUMN, DIVERGING, FONT, inks, title_with_status
 from mdsens.plots._view import extent, in_slab, layers, project
 from mdsens.relaxation.equilibrium import Equilibrium
 from mdsens.sensitivity.linearization import Linearization
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["histogram", "scalar_map"]
 
-DIVERGING = "RdBu_r"  # blue below zero, red above: apart under every common color blindness
 HEIGHT = 2.5  # inches
 BESIDE = 1.0  # inches: room for the color bar with its numbers and name
 BINS = (8, 40)  # the fewest and the most bars of a histogram

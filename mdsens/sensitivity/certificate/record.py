@@ -485,12 +485,8 @@ class Certificate(Shown):
                 f"{d.crossed(factor * d.radius)} within {factor * d.radius:.1e}"
                 for factor in RADII_SHOWN
             )
-            rows.append(
-                (
-                    "pairs that cross",
-                    f"{counts} (moduli survive single crossings, positions do not)",
-                )
-            )
+            what = "at each the slope may change; moduli of harmonic discs jump"
+            rows.append(("pairs that cross", f"{counts} ({what})"))
         if np.isfinite(d.curvature_scale):
             rows.append(
                 (
