@@ -70,7 +70,7 @@ call("certify", lambda: ms.certify(eq, change))
 truth = call("finite_difference", lambda: ms.verify.finite_difference(eq, change))
 if system.has_volume:
     call("moduli", lambda: ms.elasticity.moduli(eq, throw=False))
-of_all = {"status": ms.Status(eq.status.item()).name, "error": truth.disagreement(r.value)}
+of_all = {"status": eq.status.name, "error": truth.disagreement(r.value)}
 print(json.dumps([row | of_all for row in rows]))
 """
 SYSTEMS = (

@@ -300,6 +300,21 @@ class Moduli(Portable, Shown):
 
     _title = "Elastic moduli"
 
+    def _voigt_rows(self) -> list[tuple[str, str]]:
+        """Return the rows of the constants of a crystal, which a packing in 2-D does not need."""
+        matrix = np.asarray(self.voigt)
+        if matrix.shape != (6, 6):
+            return []
+        of_voigt = {
+            "C11, C22, C33": matrix[[0, 1, 2], [0, 1, 2]],
+            "C12, C13, C23": matrix[[0, 0, 1], [1, 2, 2]],
+            "C44, C55, C66": matrix[[3, 4, 5], [3, 4, 5]],
+        }
+        return [
+            (name, f"{', '.join(f'{value:.6g}' for value in values)} of Birch's tensor")
+            for name, values in of_voigt.items()
+        ]
+
     def _rows(self) -> list[tuple[str, str]]:
         of_a, of_affine, of_birch = (
             isotropic_part(x, self.round_off) for x in (self.tensor, self.affine, self.birch)
@@ -312,11 +327,12 @@ class Moduli(Portable, Shown):
         stability = f"{float(self.stability):.6g} of Birch's tensor: stable where positive"
         largest_residual = float(np.max(np.asarray(self.stats.residual)))
         return [
-            ("pressure", f"{float(self.pressure):.6g}"),
+            ("pressure", f"{float(self.pressure):.6g} energy/volume, the unit of all moduli"),
             ("bulk modulus", line("bulk")),
             ("shear modulus", line("shear")),
             ("Young's modulus", line("young")),
             ("Poisson's ratio", line("poisson")),
+            *self._voigt_rows(),
             ("smallest eigenvalue", stability),
             ("status", f"{self.status.name}: {self.status.sentence}"),
             ("residual", f"{largest_residual:.1e}, by {self.stats.solver}"),

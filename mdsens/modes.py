@@ -233,7 +233,7 @@ def _compute_softest(lin: Linearization, count: int, accuracy: float) -> Softest
     """
     system = lin.system
     require_unconstrained(system, "modes")
-    status = Status(int(lin.status))
+    status = lin.status
     available = _count_modes(lin)
     if not available:
         if status.good:

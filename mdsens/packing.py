@@ -11,7 +11,6 @@ from mdsens import observables
 from mdsens._util.errors import InputError, raise_for_status
 from mdsens._util.progress import Members
 from mdsens._util.validation import real_number, short
-from mdsens.mechanics.status import Status
 from mdsens.model.box import FixedBox
 from mdsens.model.system import System, require_unconstrained
 from mdsens.relaxation.equilibrium import Equilibrium
@@ -103,7 +102,7 @@ def compress(
             seconds += float(eq.wall_time)
             # the totals of all relaxations so far
             eq = dataclasses.replace(eq, steps=jnp.asarray(steps), wall_time=seconds)
-            if not Status(int(eq.status)).good:
+            if not eq.status.good:
                 break
             bar.advance(1)
     finally:
@@ -111,5 +110,5 @@ def compress(
     if throw:
         reached = float(observables.packing_fraction(eq.system))
         message = f"compress stopped at packing fraction {reached:g}"
-        raise_for_status(Status(int(eq.status)), message, eq)
+        raise_for_status(eq.status, message, eq)
     return eq

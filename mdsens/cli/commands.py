@@ -152,13 +152,9 @@ def _relax_system(args: argparse.Namespace) -> tuple[Equilibrium, Linearization,
     print(report.relaxation(eq, lin.network, more), end="\n\n", flush=True)
     if args.command == "certify":  # also examines what did not relax, and names the cause
         return eq, lin, parts
-    ms.implicit.raise_for_status(
-        Status(int(eq.status)), "not to be trusted: the system did not relax", eq
-    )
+    ms.implicit.raise_for_status(eq.status, "not to be trusted: the system did not relax", eq)
     if differentiate:
-        ms.implicit.raise_for_status(
-            Status(int(lin.status)), "this minimum cannot be differentiated", lin
-        )
+        ms.implicit.raise_for_status(lin.status, "this minimum cannot be differentiated", lin)
     return eq, lin, parts
 
 
@@ -354,7 +350,7 @@ def _moduli(args: argparse.Namespace) -> int:
     _check_writable("--plot", args.plot, FIGURES)
     _check_writable("--json", args.json, (".json",))
     _, lin, parts = _relax_system(args)
-    ms.implicit.raise_for_status(Status(int(lin.status)), "this minimum has no moduli", lin)
+    ms.implicit.raise_for_status(lin.status, "this minimum has no moduli", lin)
     moduli = ms.elasticity.moduli(lin, throw=False)
     units = system_toml.read(system_toml.locate(args.system)).get("units", "")
     in_gpa = moduli_report.in_gpa(units, lin.system.dimension)

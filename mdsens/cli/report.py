@@ -14,7 +14,6 @@ from mdsens._util.errors import InputError
 from mdsens._util.pytree import arrays_of, named_leaves
 from mdsens._util.suggestions import did_you_mean
 from mdsens.mechanics.contacts import Network
-from mdsens.mechanics.status import Status
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.box import PackingFraction, described
 from mdsens.model.system import System, parameters_of
@@ -233,7 +232,7 @@ def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
       more: rows to append to the table, each a name and a value.
     """
     system = eq.system
-    status = Status(int(eq.status))
+    status = eq.status
     largest = float(eq.max_force)
     mean = float(net.mean_force)
     pairs = int(net.pairs)
@@ -246,6 +245,8 @@ def relaxation(eq: Equilibrium, net: Network, more: tables.Rows = ()) -> str:
     ]
     if eq.load is not None:
         rows.append((eq.load.kind, eq.cell_in_words()))
+    if eq.moved is not None:
+        rows.append(("moved", eq.move_in_words()))
     if int(eq.saddles):
         rows.append(("saddles", eq.saddles_in_words()))
     # A pair of a repulsive potential is a contact; attractive particles interact up to the cutoff,

@@ -161,11 +161,11 @@ def _measure_member(
       (CONVERGED if the system counts in the mean, else the reason why it does not; its linearized
       minimum; the values of its features), with None for the last two if it does not count.
     """
-    status = Status(int(minimum.status))
+    status = minimum.status
     if not status.good:
         return status, None, None
     lin = minimum if isinstance(minimum, Linearization) else linearize(minimum, throw=False)
-    status = Status(int(lin.status))
+    status = lin.status
     if not status.good:
         return status, None, None
     measured = evaluate_features(features, lin)

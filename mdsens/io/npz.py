@@ -50,7 +50,7 @@ from mdsens.sensitivity.results import (
 __all__ = ["load", "read_header", "save"]
 
 FORMAT = "mdsens"
-VERSION = 4  # of the format; files of later versions, and of earlier ones than OLDEST, are refused
+VERSION = 5  # of the format; files of later versions, and of earlier ones than OLDEST, are refused
 OLDEST = 2
 # Results that can be stored; the two lists are the same.
 Stored: TypeAlias = (
@@ -121,6 +121,11 @@ def save(path: str | Path, result: object, *, provenance: Mapping[str, Any] | No
       InputError: ``result`` has another type or a part that cannot be stored, or ``provenance``
         cannot be represented in JSON.
     """
+    if isinstance(path, KINDS):
+        raise InputError(
+            f"path is a {type(path).__name__}: give the path first, as in"
+            " ms.io.save('minimum.npz', eq)."
+        )
     if not isinstance(result, KINDS):
         raise InputError(
             f"result is a {type(result).__name__}: give a System, an Equilibrium, a derivative or a"
@@ -577,14 +582,16 @@ def _decode(node: object, source: _Source | None) -> Any:
 
 
 def _of_earlier_versions(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """Complete the fields of a record that a file of version 2 or 3 of the format holds.
+    """Complete the fields of a record that a file of version 2, 3 or 4 of the format holds.
 
-    In version 3 the number of grid cells is a field of the grid. In version 2 it is a field of the
-    neighbor list, as the capacity of the search is, and systems are periodic along all axes or
-    along none.
+    In version 4 the code of a minimum's status is called status. In version 3 the number of grid
+    cells is a field of the grid. In version 2 it is a field of the neighbor list, as the capacity
+    of the search is, and systems are periodic along all axes or along none.
     """
     if kind is Neighbors and not isinstance(fields.get("grid"), Grid):
         return _neighbors_of_version_3(fields)
+    if kind is Equilibrium and "code" not in fields:
+        return {**fields, "code": fields.pop("status")}
     if kind is System and "periodic" not in fields:
         along = not isinstance(fields["boundary"], OpenBox)
         periodic = (along,) * fields["positions"].shape[-1]

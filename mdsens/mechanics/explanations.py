@@ -397,8 +397,9 @@ EXPLANATIONS = _table(
         " ratio has no meaning. Small packings next to unjamming are often of this kind.",
         (
             "Compress it, or take more particles.",
-            "Relax the cell's shape as well: cell=ms.relaxation.AtPressure(P, shape=True).",
-            "With throw=False the tensor is returned as it is.",
+            "Relax the cell's shape as well, which leads to another packing:"
+            " cell=ms.relaxation.AtPressure(P, shape=True), or AtVolume() at its own volume.",
+            "With throw=False the tensor is returned as it is, and its bulk modulus may be used.",
         ),
     ),
     Explanation(

@@ -5,10 +5,15 @@ They include the outcomes of linear solves.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
+
 from mdsens._util.outcome import Outcome, Severity
 from mdsens.implicit.linear.result import Result
 
-__all__ = ["Status"]
+__all__ = ["Status", "status_at"]
 
 
 class Status(Outcome):
@@ -239,3 +244,12 @@ class Status(Outcome):
         ),
     )
     NOT_A_ROOT = Result.NOT_A_ROOT.entry
+
+
+def status_at(code: Any) -> Any:
+    """Return the status of a code; in traced code, and for the codes of a batch, these as they are.
+
+    Args:
+      code: an integer array.
+    """
+    return code if isinstance(code, Tracer) or np.ndim(code) else Status(int(code))

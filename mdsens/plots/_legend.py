@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -14,10 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.quiver import Quiver
 
-    # names and colors of the kinds of circles, or the color bar of a quantity
-    Key = list[tuple[str, np.ndarray]] | "Bar"
-
-__all__ = ["ROW", "Bar", "Foot", "legend", "rounded"]
+__all__ = ["ROW", "Bar", "Foot", "Key", "legend", "rounded"]
 
 ROW = 12.0  # points from one row of the legend to the next
 
@@ -36,6 +33,10 @@ class Bar(NamedTuple):
     span: Normalize
     name: str
     unit: str = ""
+
+
+# names and colors of the kinds of circles, or the color bar of a quantity
+Key: TypeAlias = list[tuple[str, np.ndarray]] | Bar
 
 
 class Foot(NamedTuple):

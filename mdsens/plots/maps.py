@@ -267,7 +267,7 @@ def _find_status(eq: Equilibrium | Linearization, response: Displacement | Array
     if isinstance(response, Displacement):
         return response.status
     minimum = eq.equilibrium if isinstance(eq, Linearization) else eq
-    return Status(int(minimum.status))
+    return minimum.status
 
 
 def _length_label(response: Displacement | ArrayLike, part: str, typical: float) -> str:

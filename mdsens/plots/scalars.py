@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mdsens._util.errors import InputError
-from mdsens.mechanics.status import Status
 from mdsens.plots._draw import (
     draw_circles,
     draw_frame,
@@ -112,7 +111,7 @@ def scalar_map(
     low, high = low - margin, high + margin
     names = [*(["changed"] if (shown & marked).any() else [])]
     foot = Foot(names=names, bar=0.0, caption="", length=0.0)
-    heading = title_with_status(title, Status(int(minimum.status)))
+    heading = title_with_status(title, minimum.status)
     if ax is None:
         ax = new_axes(low, high, foot, bool(heading), BESIDE)
     colors = inks(ax)

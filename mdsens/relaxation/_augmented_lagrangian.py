@@ -738,7 +738,7 @@ def relax_constrained(system: System, options: Options, bar: Decades) -> tuple[E
     unknowns = unknowns_of(relaxed, run.multipliers)
     eq = Equilibrium(
         system=relaxed,
-        status=jnp.asarray(status.value, jnp.int32),
+        code=jnp.asarray(status.value, jnp.int32),
         max_force=jnp.asarray(force),
         steps=jnp.asarray(run.steps),
         wall_time=0.0,

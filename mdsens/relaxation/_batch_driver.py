@@ -330,7 +330,7 @@ class BatchRelaxation:
             status = jnp.where(ended, status, Status.INTERRUPTED.value).astype(jnp.int32)
         return Equilibrium(
             system=relaxed,
-            status=status,
+            code=status,
             max_force=jnp.asarray(self.largest),
             steps=jnp.asarray(self.steps),
             wall_time=seconds * ones,

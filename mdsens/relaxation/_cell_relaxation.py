@@ -73,7 +73,7 @@ def relax_with_cell(
         status = Status.INTERRUPTED
     eq = dataclasses.replace(
         eq,
-        status=as_jax(status.value, np.int32),
+        code=as_jax(status.value, np.int32),
         steps=as_jax(run.steps),
         strains=as_jax(strains, system.positions.dtype),
         **_fields_of(load),
@@ -142,8 +142,8 @@ class _Run:
         self.start = np.asarray(system.box, float)
         eq = self._relax_particles(system)
         self.reached = eq
-        if not Status(int(eq.status)).good:
-            return eq, Status(int(eq.status))
+        if not eq.status.good:
+            return eq, eq.status
         for _ in range(STEPS):
             backbone, net, null = analyze_rigidity(eq.system, eq.max_force)
             unjammed = bool(net.unjammed)
@@ -155,7 +155,7 @@ class _Run:
             stress, goal = _stress_and_goal(eq, cell)
             if stress <= goal:
                 cell_status = Status(int(cell.status))
-                return eq, Status(int(eq.status)) if cell_status.good else cell_status
+                return eq, eq.status if cell_status.good else cell_status
             trial = self._lower(eq, cell, unjammed)
             if self.steps >= self.options.max_steps:
                 # Under tension there may be no state of rest: the cell expands without end.

@@ -367,7 +367,7 @@ class RelaxationState:
         descent = self.highest - energy_number(relaxed) if self.saddles else 0.0
         return Equilibrium(
             system=relaxed,
-            status=code,
+            code=code,
             max_force=as_jax(self.largest, relaxed.positions.dtype),
             steps=as_jax(self.steps),
             wall_time=0.0,

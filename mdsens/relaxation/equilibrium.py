@@ -13,11 +13,11 @@ from mdsens._util.batching import stack_trees
 from mdsens._util.portable import Portable
 from mdsens._util.tables import Shown
 from mdsens.mechanics.load import CellLoad, PressureLoad
-from mdsens.mechanics.status import Status
+from mdsens.mechanics.status import Status, status_at
 from mdsens.model.batch import stack
 from mdsens.model.system import System
 
-__all__ = ["Equilibrium", "batch_of"]
+__all__ = ["Equilibrium", "batch_of", "largest_move"]
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,8 @@ class Equilibrium(Portable, Shown):
 
     Attributes:
       system: the relaxed system.
-      status: a :class:`~mdsens.Status`, as an integer array.
+      code: the code of the status, an integer array; ``status`` is the member of
+        :class:`~mdsens.Status`.
       max_force: the largest norm of the force left on a particle (ASE's fmax), in energy per
         length.
       steps: number of steps of the minimizer.
@@ -53,13 +54,17 @@ class Equilibrium(Portable, Shown):
         ``volume`` and ``deviator``, the target (d, d) of the deviatoric stress.
       strains: (k, d, d) the k orthonormal strains by which the cell could deform in the relaxation;
         None if the cell was not relaxed.
+      moved: the largest distance of a particle from its place at the start, beside the motion with
+        the cell; None where it is not known, as in traced code. In a relaxation from positions that
+        were relaxed already by another code, a distance that is not small tells that these were no
+        minimum, and that the result is another configuration.
       multipliers: Lagrange multipliers, by the names of the constraints; None without constraints.
       order: number of modes of negative stiffness: 0 at a minimum, 1 at the saddle of
         ``find_saddle``.
     """
 
     system: System
-    status: jax.Array
+    code: jax.Array
     max_force: jax.Array
     steps: jax.Array
     # Numbers, or arrays over the members of a batch: Any, since a union of both has no index.
@@ -75,9 +80,15 @@ class Equilibrium(Portable, Shown):
     at_stress: Any = None
     at_volume: Any = None
     multipliers: Any = None
+    moved: Any = None
     # Static, since Python branches on it, as in ``contacts_needed``, also where jax traces. So all
     # members of a batch have the same order.
     order: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def status(self) -> Any:
+        """Return how the relaxation ended, a :class:`~mdsens.Status`; for a batch the codes."""
+        return status_at(self.code)
 
     @property
     def positions(self) -> jax.Array:
@@ -118,7 +129,7 @@ class Equilibrium(Portable, Shown):
                 ("converged", f"{good} of {s.batch}"),
                 ("largest max_force", f"{float(jnp.max(self.max_force)):.2e}"),
             ]
-        status = Status(int(self.status))
+        status = self.status
         limits = f"tolerance {float(self.tolerance):.0e}, round-off {float(self.force_floor):.0e}"
         rows = [
             ("system", f"n = {s.n}, {s.dimension}-D, {s.potential.name}"),
@@ -127,12 +138,23 @@ class Equilibrium(Portable, Shown):
         if self.order:
             rows.append(("kind", f"saddle of order {self.order}"))
         rows.append(("max_force", f"{float(self.max_force):.2e} ({limits})"))
+        if self.moved is not None:
+            rows.append(("moved", self.move_in_words()))
         if int(self.saddles):
             rows.append(("saddles", self.saddles_in_words()))
         if self.load is not None:
             rows.append((self.load.kind, self.cell_in_words()))
         rows.append(("steps", f"{int(self.steps):,} in {float(self.wall_time):.2f} s"))
         return rows
+
+    def move_in_words(self) -> str:
+        """Describe how far the particles moved in a relaxation, in words."""
+        if self.moved is None:
+            return ""
+        if self.moved == 0.0:
+            return "nothing: the particles were at rest at the start"
+        beside = "" if self.load is None else ", beside the motion with the cell"
+        return f"at most {float(self.moved):.2g} from the start{beside}"
 
     def saddles_in_words(self) -> str:
         """Describe the saddles that a relaxation left: their number, and the fall in energy."""
@@ -151,6 +173,34 @@ class Equilibrium(Portable, Shown):
         measure = "volume" if self.system.has_volume else measures[count]
         extent = f"{measure} {float(self.system.periodic_volume):.8g}"
         return self.load.in_words(self.strains, extent)
+
+
+def largest_move(start: System, end: System) -> Any:
+    """Return the largest distance of a particle from its start, a number for each of a batch.
+
+    Where the cell changed, it is the distance beside the motion with the cell. Positions are
+    compared by their nearest images.
+    """
+    first, last = (np.asarray(s.positions, float) for s in (start, end))
+    boxes = [np.asarray(box, float) for s in (start, end) if (box := _boxes(s)) is not None]
+    if boxes:
+        old, new = boxes
+        # columns are cell vectors: R = box @ fractions
+        apart = last @ _turned(np.linalg.inv(new)) - first @ _turned(np.linalg.inv(old))
+        apart -= np.where(end.periodic, np.round(apart), 0.0)
+        apart = apart @ _turned(new)
+    else:
+        apart = last - first
+    return np.sqrt((apart**2).sum(axis=-1)).max(axis=-1)
+
+
+def _boxes(system: System) -> Any:
+    """Return the cell matrix of a system, or those of a batch; None for open systems."""
+    return system.box if system.batch is None else jax.vmap(lambda member: member.box)(system)
+
+
+def _turned(matrices: np.ndarray) -> np.ndarray:
+    return np.swapaxes(matrices, -1, -2)
 
 
 def batch_of(members: list[Equilibrium]) -> Equilibrium:

@@ -27,7 +27,7 @@ from mdsens.relaxation._batch_driver import relax_batch
 from mdsens.relaxation._cell_relaxation import relax_with_cell
 from mdsens.relaxation._driver import relax_in_fixed_cell
 from mdsens.relaxation.cell_conditions import CellCondition, FixedCell, cell_condition
-from mdsens.relaxation.equilibrium import Equilibrium, batch_of
+from mdsens.relaxation.equilibrium import Equilibrium, batch_of, largest_move
 from mdsens.relaxation.methods import Newton
 from mdsens.relaxation.options import Method, Options
 
@@ -103,7 +103,7 @@ def minimize(
       >>> apart = eq.positions[0] - eq.positions[1]
       >>> print(f"{float((apart**2).sum()) ** 0.5:.4f}")  # 2^(1/6) sigma
       1.1225
-      >>> ms.Status(int(eq.status)).good
+      >>> eq.status.good
       True
     """
     # Some versions of jax give wrong neighbor lists or forces without an error.
@@ -128,9 +128,10 @@ def minimize(
         return _minimize_batch(system, options, throw, progress)
     with Decades(progress) as bar:
         eq, message = _relax(system, options, bar)
+    eq = dataclasses.replace(eq, moved=largest_move(system, eq.system))
     if throw:
         # of the system at the start, where a potential may be not finite
-        status = Status(int(eq.status))
+        status = eq.status
         message += where_not_finite(status, system)
         raise_for_status(status, message, eq, interrupted=status is Status.INTERRUPTED)
     return eq
@@ -173,6 +174,7 @@ def _minimize_batch(
             eq = batch_of(members)
         else:
             eq = relax_batch(batch, options, bar)
+    eq = dataclasses.replace(eq, moved=largest_move(batch, eq.system))
     if throw:
         _raise_for_members(eq, batch)
     return eq

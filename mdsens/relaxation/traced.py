@@ -91,7 +91,7 @@ def relax(
     scale = force_scale(relaxed, length, stiffness, largest)
     return Equilibrium(
         system=relaxed,
-        status=status_of(largest, goal, scale.floor, scale.idle, pairs.overflowed),
+        code=status_of(largest, goal, scale.floor, scale.idle, pairs.overflowed),
         max_force=largest,
         steps=steps,
         wall_time=jnp.zeros((), dtype),
@@ -106,7 +106,7 @@ def solve_stats(eq: Equilibrium, method: Minimizer) -> SolveStats:
     SolveStats is the class that reports a linear solve.
     """
     return SolveStats(
-        status=eq.status,
+        status=eq.code,
         residual=eq.max_force,  # a force; that of a linear solve is relative
         iterations=eq.steps,
         dropped=jnp.zeros_like(eq.max_force),

@@ -112,7 +112,7 @@ def find_saddle(
     )
     saddle = Equilibrium(
         system=system,
-        status=jnp.asarray(status.value, jnp.int32),
+        code=jnp.asarray(status.value, jnp.int32),
         max_force=jnp.asarray(largest),
         steps=jnp.asarray(steps),
         wall_time=time.perf_counter() - began,

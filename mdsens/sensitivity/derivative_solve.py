@@ -85,7 +85,7 @@ def _with_outcome(lin: Linearization, stats: SolveStats, value: PyTree) -> Solve
     packing of 16,384 discs the relative residual of the solve was 1e-5, and the relative error of
     the derivative 0.5.)
     """
-    status_of_minimum = lin.status
+    status_of_minimum = lin.code
     stats = status_of_finite(
         stats, jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in jax.tree.leaves(value)]))
     )

@@ -32,7 +32,7 @@ from mdsens.mechanics.kkt_operator import about_to_switch, constrained_null_spac
 from mdsens.mechanics.load import differentiated
 from mdsens.mechanics.null_space import NullSpace
 from mdsens.mechanics.rigidity import analyze_rigidity
-from mdsens.mechanics.status import Status
+from mdsens.mechanics.status import Status, status_at
 from mdsens.mechanics.units import RELAXED, doubtful_stiffness, natural_units, unrelaxed
 from mdsens.mechanics.unknowns import Unknowns
 from mdsens.model.system import System
@@ -204,13 +204,21 @@ class Linearization(Portable, Named):
 
     @property
     def status(self) -> Any:
-        """CONVERGED, or the reason why no derivative can be taken at this minimum; an int32 array.
+        """CONVERGED, or the reason why no derivative can be taken at this minimum.
+
+        It is a member of :class:`~mdsens.Status`; for a batch, ``code``.
+        """
+        return status_at(self.code)
+
+    @property
+    def code(self) -> Any:
+        """The code of the status, an int32 array.
 
         The status is the first bad one of four: that of the minimization; UNJAMMED where no
         particle has enough contacts; ``force_status``, on the force left and on negative modes; and
         that of the cell or of the constraints.
         """
-        status = _status_of_minimum(self.equilibrium.status, self.network.unjammed)
+        status = _status_of_minimum(self.equilibrium.code, self.network.unjammed)
         for other in (self.force_status, self.structure.status):
             if other is None:
                 continue
@@ -334,7 +342,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
     factor = HessianFactor(backbone, null, eq.order)
     # a saddle of order k must have exactly k negative modes
     if eq.order and factor.unstable(eq.order + 1) != eq.order:
-        eq = dataclasses.replace(eq, status=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
+        eq = dataclasses.replace(eq, code=jnp.asarray(Status.NOT_A_SADDLE.value, jnp.int32))
     force_status = _judge_force_and_modes(eq, net, factor, solve)
     structure = FixedCellStructure()
     if eq.load is not None:
@@ -350,7 +358,7 @@ def linearize(eq: Equilibrium, solve: Method = Auto(), throw: bool = True) -> Li
         force_status=force_status,
     )
     if throw:
-        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
+        raise_for_status(lin.status, "this minimum cannot be differentiated", lin)
     return lin
 
 
@@ -417,7 +425,7 @@ def _linearize_constrained(
         factor=factor,
     )
     if throw:
-        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
+        raise_for_status(lin.status, "this minimum cannot be differentiated", lin)
     return lin
 
 
@@ -459,7 +467,7 @@ def require_sound(lin: Linearization, eq: Equilibrium | Linearization, throw: bo
       throw: whether to raise.
     """
     if throw and isinstance(eq, Equilibrium):
-        raise_for_status(Status(int(lin.status)), "this minimum cannot be differentiated", lin)
+        raise_for_status(lin.status, "this minimum cannot be differentiated", lin)
 
 
 def full_tangent(system: System, dparams: Params, params: Params | None = None) -> dict[str, Any]:

@@ -90,7 +90,10 @@ class Derivative(Portable, Shown):
         rows = []
         for name, leaf, parameter in self._parts():
             pairs = " by each pair of species once" if parameter.paired else ""
-            text = f"shape {tuple(leaf.shape)}, norm {parameter.size(leaf):.6g}{pairs}"
+            if np.ndim(leaf) == 0:
+                text = f"{float(leaf):.8g}"
+            else:
+                text = f"shape {tuple(leaf.shape)}, norm {parameter.size(leaf):.6g}{pairs}"
             rows.append((name, text))
         of_many = f" (worst of {codes.size})" if codes.size > 1 else ""
         # ``initial``, since a Jacobian by a parameter of size zero has no solves

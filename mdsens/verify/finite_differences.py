@@ -272,7 +272,7 @@ class _Line:
         eq = self.lin.equilibrium
         if minimum.order != eq.order:
             return Status.NOT_A_SADDLE
-        status = Status(int(minimum.status))
+        status = minimum.status
         # The minimizer may stop above the smaller tolerance asked for here, but within that of the
         # minimum itself: Newton steps then do the rest. In a relaxed cell max_force says nothing of
         # the stress.

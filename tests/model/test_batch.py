@@ -165,7 +165,7 @@ def test_a_member_that_is_no_number_spoils_no_other():
     spoilt = dataclasses.replace(
         eq,
         system=eq.system.replace(positions=bad),
-        status=eq.status.at[1].set(ms.Status.NOT_FINITE.value),
+        code=eq.status.at[1].set(ms.Status.NOT_FINITE.value),
     )
     got, want = (ms.jvp(at, {"sigma": np.array([0.0, 1.0])}, throw=False) for at in (spoilt, eq))
     assert not ms.Status(int(got.stats.status[1])).good

@@ -396,7 +396,7 @@ def test_a_design_reaches_its_target_by_the_weights():
     again = ms.minimize(start(), design.params, tolerance=1e-12)
     there = ms.observables.pressure(design.equilibrium.system)
     assert float(there) == pytest.approx(wanted, abs=1e-6)
-    assert again.status.dtype == np.int32
+    assert again.code.dtype == np.int32
     assert "weights.layers.0.w" in str(design)
     written = json.loads(json.dumps(design_report.as_dict(design)))["parameters"]
     assert list(written) == LABELS

@@ -101,7 +101,7 @@ def test_steps_that_do_not_relax_say_nothing(monkeypatch: pytest.MonkeyPatch):
 
     def stuck(*args, **kwargs) -> ms.Equilibrium:
         code = jnp.asarray(ms.Status.MAX_STEPS_REACHED.value)
-        return dataclasses.replace(right(*args, **kwargs), status=code, max_force=jnp.asarray(1.0))
+        return dataclasses.replace(right(*args, **kwargs), code=code, max_force=jnp.asarray(1.0))
 
     monkeypatch.setattr(finite_differences, "minimize", stuck)
     test = verify.derivative_test(dimer(), {"sigma": 1.0}, [1e-4])
@@ -136,7 +136,7 @@ def test_bad_input_is_refused(dparams, options, says):
 
 
 def test_an_unconverged_minimum_is_refused():
-    bad = dataclasses.replace(discs(), status=jnp.asarray(ms.Status.MAX_STEPS_REACHED.value))
+    bad = dataclasses.replace(discs(), code=jnp.asarray(ms.Status.MAX_STEPS_REACHED.value))
     with pytest.raises(ms.ConvergenceError):
         verify.derivative_test(bad, THETA)
 

@@ -228,7 +228,7 @@ def _is_strain_examined(lin: Linearization, spectrum: Spectrum) -> bool:
         and (lin.cell is None or len(lin.cell.along) < all_strains)
     )
     stable = spectrum.values.size and spectrum.settled and not (spectrum.negative or eq.order)
-    converged = Status(int(eq.status)).good
+    converged = eq.status.good
     return bool(prevents_strain and stable and converged and not bool(lin.network.unjammed))
 
 

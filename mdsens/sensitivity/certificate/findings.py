@@ -69,7 +69,7 @@ def _build_finding(status: Status, figures: str) -> Finding:
 
 def _judge_relaxation(c: Certificate, lin: Linearization) -> Iterator[Finding]:
     """Report a relaxation that failed, and a configuration without a rigid network of contacts."""
-    status = Status(int(lin.equilibrium.status))
+    status = lin.equilibrium.status
     if not status.good:
         yield _build_finding(status, f"max_force {c.max_force:.1e}")
     if bool(lin.network.unjammed) and not c.crossed_to_minimum:
@@ -143,7 +143,7 @@ def _judge_soft_modes(c: Certificate) -> Iterator[Finding]:
 
 def _judge_contacts(c: Certificate, lin: Linearization) -> Iterator[Finding]:
     """Report contacts that may change on the way to the minimum."""
-    good = Status(int(lin.equilibrium.status)).good
+    good = lin.equilibrium.status.good
     # already reported with the negative modes where particles touch without a force
     if c.crossed_to_minimum and good and not lin.network.touching:
         yield _build_finding(

@@ -475,7 +475,7 @@ class Certificate(Shown):
 
     def _rows_of_range(self, d: DerivativeCertificate) -> Rows:
         if d.vanishes:
-            return [("change", "none has an effect")]
+            return [("change", "none moves the particles; a property may still depend on them")]
         rows = [
             _range_row("forward, t < ", d.forward, d.switch[0], d.crossing.first(True)),
             _range_row("backward, t > -", d.backward, d.switch[1], d.crossing.first(False)),
