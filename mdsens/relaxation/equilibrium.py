@@ -191,7 +191,8 @@ def largest_move(start: System, end: System) -> Any:
         apart = apart @ _turned(new)
     else:
         apart = last - first
-    return np.sqrt((apart**2).sum(axis=-1)).max(axis=-1)
+    largest = np.sqrt((apart**2).sum(axis=-1)).max(axis=-1)
+    return largest if largest.ndim else float(largest)
 
 
 def _boxes(system: System) -> Any:
