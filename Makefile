@@ -133,9 +133,9 @@ $(installed_docs): $(installed)
 	@touch $@
 
 $(installed_dev): $(installed)
-	@echo 'Installing ruff and pyright into .venv ...'
+	@echo 'Installing ruff, pyright and Sphinx into .venv ...'
 	@$(install) -e '.[dev]'
-	@touch $@
+	@touch $(installed_docs) $@
 
 # One fresh environment for each of PYTHONS. A package that both get at the same version has one line; where they differ,
 # the first one's version is for Python 3.11, the second one's for 3.12 and later.

@@ -590,8 +590,8 @@ def _of_earlier_versions(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
     """
     if kind is Neighbors and not isinstance(fields.get("grid"), Grid):
         return _neighbors_of_version_3(fields)
-    if kind is Equilibrium and "code" not in fields:
-        return {**fields, "code": fields.pop("status")}
+    if kind is Equilibrium and "status" in fields:
+        return {"code": fields.pop("status"), **fields}
     if kind is System and "periodic" not in fields:
         along = not isinstance(fields["boundary"], OpenBox)
         periodic = (along,) * fields["positions"].shape[-1]

@@ -183,6 +183,10 @@ def test_a_pair_is_designed_to_a_distance() -> None:
     np.testing.assert_allclose(found.params["sigma"], 1.3 / RISE, atol=1e-9)
     assert "met" in str(found) and "sigma" in str(found)
     assert found.table().count("\n") == found.relaxations + 1
+    first, second = found.table().splitlines()[1:3]
+    # the start has neither a prediction nor a trust region; a step has what the linear model gave
+    assert "nan" not in first and first.split()[2] == "-"
+    assert float(second.split()[2]) == pytest.approx(found.history[1].predicted[0], rel=1e-5)
 
 
 def test_bounds_hold_and_a_design_that_they_stop_says_so() -> None:

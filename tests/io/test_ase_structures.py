@@ -339,6 +339,23 @@ def test_a_file_of_version_3_has_its_cells_in_the_grid(tmp_path: Any):
     np.testing.assert_allclose(*same_pairs, rtol=1e-13)
 
 
+def test_a_minimum_of_version_4_has_its_code_under_status(tmp_path: Any):
+    eq = ms.minimize(ms.load_system("dimer"), progress=False)
+    path = tmp_path / "a.npz"
+    ms.io.save(path, eq)
+    with np.load(path) as archive:
+        arrays = dict(archive.items())
+    header = json.loads(str(arrays.pop("header")))
+    header["format_version"] = 4
+    fields = header["tree"]["fields"]
+    fields["status"] = fields.pop("code")
+    del fields["moved"]
+    np.savez(path, header=np.array(json.dumps(header)), **arrays)
+    back = ms.io.load(path)
+    assert back.status is eq.status is ms.Status.CONVERGED and back.moved is None
+    assert "moved" not in str(back)
+
+
 def test_a_box_function_keeps_its_axes(tmp_path: Any):
     box = _Cell()
     places = [[0, 0, 0], [2.2, 0, 0]]

@@ -887,13 +887,13 @@ def test_files_that_are_not_what_they_should_be(tmp_path, eq):
         (lambda h: h.update(format_version=99), "format version 99.*newer mdsens"),
         (
             lambda h: h.update(format_version=1),
-            "format version 1, .* reads 2 to 4: compute it again",
+            "format version 1, .* reads 2 to 5: compute it again",
         ),
         (lambda h: h.pop("tree"), "not written by mdsens"),
         (lambda h: h["tree"].update(record="Unheard"), "damaged header"),
-        (lambda h: h["tree"]["fields"].pop("status"), "damaged header"),
+        (lambda h: h["tree"]["fields"].pop("code"), "damaged header"),
         (
-            lambda h: h["tree"]["fields"]["status"].update(array="nothing"),
+            lambda h: h["tree"]["fields"]["code"].update(array="nothing"),
             "lacks the array 'nothing'",
         ),
         (

@@ -729,3 +729,24 @@ def test_bad_histograms_are_refused(values: Any, bins: Any, says: str, pyplot: A
     with pytest.raises(ms.InputError, match=says):
         histogram(values, bins=bins)
     assert pyplot.get_fignums() == []
+
+
+def test_the_second_picture_shows_which_diameters_changed(pyplot: Any):
+    # each touches four others, so that none is a rattler
+    places = np.stack(np.meshgrid(np.arange(3.0), np.arange(3.0)), axis=-1).reshape(-1, 2) + 0.5
+    sizes = np.full(9, 1.2)
+    changed = sizes * np.array([1.1, 0.9, *[1.0] * 7])
+    before, after = discs(places, 3.0, sizes), discs(places + 0.01, 3.0, changed)
+    left, right = ms.plots.before_after(before, after)
+    pale = np.concatenate([group.get_facecolor() for group in circles(right)])[:, :3]
+    # red where it grew, blue where it shrank, white where nothing changed, images included
+    warm = np.round(pale[:, 0] - pale[:, 2], 2)
+    assert warm.max() > 0.2 and warm.min() < -0.2
+    assert set(warm.tolist()) - {warm.max(), warm.min()} == {np.median(warm)}
+    assert abs(np.median(warm)) < 0.02
+    words = [text.get_text() for ax in right.child_axes for text in ax.texts]
+    assert any("-10 %" in word for word in words) and any("10 %" in word for word in words)
+    # equal diameters are drawn as in the first picture
+    _, same = ms.plots.before_after(before, discs(places, 3.0, sizes))
+    for group, other in zip(circles(same), circles(left), strict=True):
+        np.testing.assert_array_equal(group.get_facecolor(), other.get_facecolor())

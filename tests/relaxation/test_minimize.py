@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import quick, relative
+from conftest import quick, relative, square_lattice
 
 import mdsens as ms
 from mdsens._util.progress import Decades
@@ -145,6 +145,32 @@ def test_relaxing_goes_downhill_and_is_reproducible():
 def test_relaxed_stays_where_it_is():
     again = ms.minimize(relaxed().system)
     assert int(again.steps) == 0 and np.array_equal(again.positions, relaxed().positions)
+
+
+def test_the_way_of_the_particles_is_told():
+    def two(apart: float, side: float = 8.0) -> ms.System:
+        places = np.array([[7.9, 4.0], [7.9 + apart - side, 4.0]])  # across the border
+        potential = ms.potentials.harmonic_bonds([[0, 1]])
+        return ms.System.create(places, side, potential, {"stiffness": 1.0, "length": 1.0})
+
+    eq = ms.minimize(two(1.4))
+    assert eq.moved == pytest.approx(0.2, rel=1e-9)  # each by half of what the spring was stretched
+    assert eq.status is ms.Status.CONVERGED
+    assert "moved      at most 0.2 from the start" in str(eq)
+    assert "nothing: the particles were at rest" in str(ms.minimize(eq.system))
+    # a batch has a number a member
+    both = ms.minimize(ms.stack([two(1.4), two(1.1)]))
+    np.testing.assert_allclose(both.moved, [0.2, 0.05], rtol=1e-9)
+    assert both.status.tolist() == [0, 0]
+
+
+def test_the_way_of_the_particles_is_beside_that_of_the_cell():
+    # a lattice of springs under pressure shrinks, and every node stays where it is in the cell
+    start = square_lattice(1.0)
+    eq = ms.minimize(start, pressure=0.1)
+    assert float(eq.system.volume) < 0.99 * float(start.volume) and eq.moved < 1e-9
+    words = eq.move_in_words()
+    assert words.endswith("beside the motion with the cell") or words.startswith("nothing")
 
 
 def test_batch_of_three_relaxes_member_by_member():
