@@ -319,6 +319,11 @@ def force_goal(
     return goal, xp.maximum(goal, scale.floor)
 
 
+# Force on a particle that overlaps deeply with another, in units of the largest force that a
+# particle may have. Soft discs at random positions do not reach it.
+EXTREME = 10.0
+
+
 class _Stepping(Protocol):
     """Protocol of the options that limit the steps of a minimizer of :mod:`mdsens.relaxation`.
 
@@ -338,23 +343,28 @@ class Limits(NamedTuple):
       longest: longest step of a particle, a length.
       strongest: the force on a particle to which larger forces are shortened.
       stiffness: largest stiffness of the potential.
+      extreme: the force above which a particle overlaps deeply with another; None for a potential
+        of finite forces, whose random starts do not reach it.
     """
 
     longest: Any  # longest step of a particle
     strongest: Any  # largest force on a particle; larger ones are shortened to it
     stiffness: Any  # largest stiffness of the potential
+    extreme: Any = None
 
     @classmethod
-    def of(cls, scale: tuple[Any, Any], method: _Stepping) -> Limits:
+    def of(cls, scale: tuple[Any, Any], method: _Stepping, finite_force: bool) -> Limits:
         """Compute the limits of the steps for a method of :mod:`mdsens.relaxation`.
 
         Args:
           scale: length and stiffness of the potential, from ``natural_units``.
           method: the method, which gives its longest step in units of this length.
+          finite_force: whether the potential's force is finite at every distance.
         """
         length, stiffness = scale
         longest = method.max_step * length
-        return cls(longest, method.force_limit(longest, stiffness), stiffness)
+        strongest = method.force_limit(longest, stiffness)
+        return cls(longest, strongest, stiffness, None if finite_force else EXTREME * strongest)
 
 
 def unrelaxed(system: System, left: jax.Array, mean_force: jax.Array) -> jax.Array:

@@ -166,6 +166,8 @@ class Potential(Protocol):
     @property
     def repulsive(self) -> bool: ...
     @property
+    def finite_force(self) -> bool: ...
+    @property
     def of_neighbors(self) -> bool: ...
     @property
     def listed(self) -> bool: ...
@@ -234,6 +236,8 @@ class NamedPotential(_Addable):
 
     # True for potentials without attraction alone, see PairPotential
     repulsive = False
+    # True for potentials whose force is finite at every distance alone, see PairPotential
+    finite_force = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -355,6 +359,8 @@ class PairPotential(Portable, NamedPotential):
       above: for each parameter the value that it must exceed; -inf if any value is allowed.
       repulsive: True if phi only repels and vanishes beyond contact; rattlers are then determined
         from contacts.
+      finite_force: True if the force is finite at every distance, so that no start is too violent
+        for a minimizer.
       cases: cheaper forms of phi, such as a square in place of a power, each a tuple (form, name,
         value). The form is equal to phi where the parameter with this name has this value.
     """
@@ -369,6 +375,7 @@ class PairPotential(Portable, NamedPotential):
     mixing: tuple[Mixing, ...] = dataclasses.field(metadata={"static": True})
     above: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     repulsive: bool = dataclasses.field(default=False, metadata={"static": True})
+    finite_force: bool = dataclasses.field(default=False, metadata={"static": True})
     cases: tuple[tuple[Phi, str, float], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
@@ -740,6 +747,10 @@ class SumPotential(_Addable):
     @property
     def repulsive(self) -> bool:
         return all(potential.repulsive for potential in self.parts)
+
+    @property
+    def finite_force(self) -> bool:
+        return all(potential.finite_force for potential in self.parts)
 
     @property
     def of_neighbors(self) -> bool:

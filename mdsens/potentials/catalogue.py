@@ -215,6 +215,7 @@ def soft_sphere() -> PairPotential:
         mixing=(arithmetic,) * 3,
         above=(0.0, 0.0, 1.0),  # at alpha = 1 the force would jump at contact
         repulsive=True,
+        finite_force=True,
         cases=((_harmonic_sphere, "alpha", 2.0), (_hertzian_sphere, "alpha", 2.5)),
     )
 

@@ -129,6 +129,10 @@ class SmoothedPotential(Portable):
         return self.potential.repulsive
 
     @property
+    def finite_force(self) -> bool:
+        return self.potential.finite_force
+
+    @property
     def of_neighbors(self) -> bool:
         return False
 

@@ -66,7 +66,7 @@ def _start_members(batch: System, method: Minimizer) -> tuple[jax.Array, Limits,
         length, stiffness = jax.tree.map(
             lambda x: x.astype(system.positions.dtype), natural_units(system)
         )
-        limits = Limits.of((length, stiffness), method)
+        limits = Limits.of((length, stiffness), method, system.potential.finite_force)
         return length, limits, at_rest(system.positions, limits, method)
 
     return jax.vmap(start)(batch)

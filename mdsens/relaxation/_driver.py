@@ -309,7 +309,7 @@ class RelaxationState:
         """Make the state of the relaxation of a system, before the first step of the minimizer."""
         dtype = system.positions.dtype.type
         length, stiffness = (dtype(x) for x in natural_units(system))
-        limits = Limits.of((length, stiffness), method)
+        limits = Limits.of((length, stiffness), method, system.potential.finite_force)
         cheapest = system.potential.specialize(system.params)
         return cls(
             system=system.replace(potential=cheapest).reallocate(keep=True),

@@ -36,9 +36,6 @@ __all__ = [
     "steps_on_list",
 ]
 
-# Force on a particle that overlaps deeply with another, in units of the largest force that a
-# particle may have. Soft discs at random positions do not reach it.
-EXTREME = 10.0
 # Skin of the neighbor list of a slow system, as a share of the range of the interactions.
 NARROW = 0.1
 # Steps on one list with the default skin after which a system counts as slow.
@@ -72,8 +69,8 @@ def limited_minimizer(
     Overlaps of a random start make forces of 1e20 in a Lennard-Jones potential, and in FIRE the
     momentum of such a force would persist. So the force on a particle is shortened to the size that
     moves the particle by the longest step, and the step is shortened to the longest one, too. Near
-    a minimum the limits have no effect. Forces above ``EXTREME`` times the limit are shortened to
-    ``DEEP`` times the limit, by which FIRE knows them.
+    a minimum the limits have no effect. Forces above ``limits.extreme`` are shortened to ``DEEP``
+    times the limit, by which FIRE knows them.
 
     Args:
       method: the minimizer.
@@ -88,7 +85,9 @@ def limited_minimizer(
     # jax-md passes keyword arguments to both functions; none is used here.
     def limited_forces(R: jax.Array, **_: Any) -> jax.Array:
         free = forces(R)
-        deep = jnp.max(jnp.abs(free), axis=-1, keepdims=True) > EXTREME * limits.strongest
+        if limits.extreme is None:
+            return _shortened(free, limits.strongest)
+        deep = jnp.max(jnp.abs(free), axis=-1, keepdims=True) > limits.extreme
         return _shortened(free, jnp.where(deep, DEEP, 1.0) * limits.strongest)
 
     def shift(R: jax.Array, dR: jax.Array, **_: Any) -> jax.Array:

@@ -149,6 +149,8 @@ class Fire:
 
         def step(state: FireState) -> FireState:
             moved = apply(minimizers.FireDescentState(**state.inner))
+            if limits.extreme is None:
+                return FireState(vars(moved), state.unit)
             # squares spare a root for each particle in each step
             squared = jnp.sum(moved.force**2, axis=-1, keepdims=True)
             free = squared < (0.5 * (1.0 + DEEP) * state.unit * limits.strongest) ** 2

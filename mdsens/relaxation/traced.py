@@ -48,7 +48,7 @@ def relax(
     length, stiffness = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x).astype(dtype), natural_units(system)
     )
-    limits = Limits.of((length, stiffness), method)
+    limits = Limits.of((length, stiffness), method, system.potential.finite_force)
     state = at_rest(system.positions, limits, method)
     # Forces above ``limits.strongest`` are shortened to it: a force near it may be larger in truth.
     largest_stop = 0.5 * limits.strongest

@@ -108,7 +108,7 @@ def climbing_image_band(
     shares = np.arange(1, count + 1)[:, None, None] / (count + 1)
     bump = chirp((count, *first.shape), float, np)
     chain = jnp.asarray(first + shares * (last - first) + OFF_LINE * float(length) * bump, dtype)
-    limits = Limits.of((length, stiffness), band.fire)
+    limits = Limits.of((length, stiffness), band.fire, start.potential.finite_force)
     ends = jnp.stack([start.positions, jnp.asarray(last, dtype)])
     end_energies = jnp.stack([potential_energy(start), potential_energy(end)])
     # only the initial state is needed here; the forces come with each call of _advance

@@ -67,7 +67,7 @@ def limits_of(system: System, method: Minimizer) -> Limits:
     Both follow from the length scale and the stiffness of the potential.
     """
     length, stiffness = (jnp.asarray(x, system.positions.dtype) for x in natural_units(system))
-    return Limits.of((length, stiffness), method)
+    return Limits.of((length, stiffness), method, system.potential.finite_force)
 
 
 def state_at_rest(system: System, method: Minimizer) -> Any:

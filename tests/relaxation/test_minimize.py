@@ -420,7 +420,7 @@ def hertzian(n: int) -> ms.System:
 @pytest.mark.parametrize("n", quick([32, 256], 32))
 def test_fire_takes_its_mass_from_the_stiffness_that_it_meets(n):
     start = hertzian(n)
-    limits = Limits.of(natural_units(start), Fire())
+    limits = Limits.of(natural_units(start), Fire(), start.potential.finite_force)
     state = at_rest(start.positions, limits, Fire())
     state, *_ = advance(start, state, start.reallocate(4.0).neighbors, 1e-12, 1500, Fire(), limits)
     relaxed = ms.minimize(start, method=Fire()).system
@@ -454,7 +454,7 @@ def test_a_deep_overlap_gives_no_momentum():
     # two particles at a third of their distance of rest, two at a distance somewhat too short
     places = jnp.asarray([[0.0, 0.0], [0.4, 0.0], [5.0, 0.0], [6.05, 0.0]])
     system = ms.System.create(places, None, potential, {"sigma": 1.0, "epsilon": 1.0})
-    limits = Limits.of(natural_units(system), Fire())
+    limits = Limits.of(natural_units(system), Fire(), system.potential.finite_force)
     slope = energy_gradient(system)
     init, apply, _ = limited_minimizer(Fire(), lambda R: -slope(R), limits)
     state = init(places)
